@@ -1,0 +1,3 @@
+"""reft: finetune representations of frozen language models from one YAML file."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,110 @@
+"""Errors that a user can cause, each with the exit code it ends the program with.
+
+ReftError
+├── SpecError        2   the YAML file, a flag, or a run folder that is in the way
+├── DataError        3   a data file, its columns, its rows
+├── ModelError       4   a model that cannot be found, or that does not fit
+├── CheckpointError  4   a checkpoint that is damaged, or of another base model
+├── MemoryExhausted  5   out of memory, after everything smaller was tried
+├── Diverged         6   the loss is NaN or exploded
+├── BelowThreshold   7   `--fail-under` not met
+└── Interrupted   130/143   SIGINT or SIGTERM; a checkpoint was saved
+
+A message says where (file:line:column, key or path), what was given and what to do, in one line if it can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, with the place it was found at."""
+
+    message: str
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    key: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file or ""
+        if self.line:
+            place += f":{self.line}:{self.column}"
+        return ": ".join(part for part in (place, self.key, self.message) if part)
+
+
+class ReftError(Exception):
+    """Base of all errors that are shown to a user as text, never as a traceback."""
+
+    code: ClassVar[int] = 1
+    kind: ClassVar[str] = "error"
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class SpecError(ReftError):
+    """The spec, a flag or the run folder is not usable."""
+
+    code, kind = 2, "spec"
+
+
+class DataError(ReftError):
+    """A data file cannot be read or does not fit its format."""
+
+    code, kind = 3, "data"
+
+
+class ModelError(ReftError):
+    """The base model cannot be loaded or does not have what the spec asks for."""
+
+    code, kind = 4, "model"
+
+
+class CheckpointError(ReftError):
+    """A checkpoint is missing, damaged, or belongs to another base model."""
+
+    code, kind = 4, "checkpoint"
+
+
+class MemoryExhausted(ReftError):
+    """The device has too little memory for the smallest possible step."""
+
+    code, kind = 5, "memory"
+
+
+class Diverged(ReftError):
+    """The loss is NaN or infinite, or exploded."""
+
+    code, kind = 6, "diverged"
+
+
+class BelowThreshold(ReftError):
+    """A score is below the one that `--fail-under` asks for."""
+
+    code, kind = 7, "threshold"
+
+
+class Interrupted(ReftError):
+    """A signal ended the run after a checkpoint was saved."""
+
+    kind = "interrupted"
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the number of the signal, as shells have it."""
+        return 128 + self.signal
+
+
+def exit_code(error: ReftError) -> int:
+    """The process's exit code for an error."""
+    return error.exit_code if isinstance(error, Interrupted) else error.code

@@ -1,0 +1,1 @@
+"""Answers from a base model with an intervention."""

@@ -1,0 +1,1 @@
+"""Interventions: deltas that are added to rows of hidden states."""

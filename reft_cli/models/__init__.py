@@ -1,0 +1,1 @@
+"""Everything that knows Hugging Face modules: loading, finding blocks, hooks."""

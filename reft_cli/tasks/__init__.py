@@ -1,0 +1,1 @@
+"""Objectives: what the loss is and what a prediction is."""
