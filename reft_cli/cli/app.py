@@ -1,0 +1,127 @@
+"""The program `reft`: its commands, and the one place where an error becomes text and an exit code.
+
+0 done · 1 bug · 2 usage or spec · 3 data · 4 model or checkpoint · 5 out of memory · 6 diverged ·
+7 below --fail-under · 130 SIGINT · 141 nobody reads stdout any more · 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from reft_cli import __version__
+from reft_cli.cli import console, options
+from reft_cli.environment import versions, without_secrets
+from reft_cli.errors import ReftError
+
+# Typer exports only this one of the errors it makes itself; its grandparent is the class of them all.
+TyperError: Any = typer.BadParameter.__mro__[2]
+BROKEN_PIPE = 128 + 13
+
+app = typer.Typer(
+    name="reft",
+    help="Finetune representations of frozen language models from one YAML file.",
+    epilog="First steps: reft init > reft check spec.yaml > reft train spec.yaml > reft infer runs/spec --prompt '...'",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(given: bool) -> None:
+    if given:
+        console.result(f"reft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globals(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+) -> None:
+    """Finetune representations of frozen language models from one YAML file."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the program on a command line and leave with its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console.reset(as_json="--json" in words)
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    try:
+        code = app(words, prog_name="reft", standalone_mode=False)
+        sys.stdout.flush()
+    except ReftError as error:
+        return console.fail(error)
+    except TyperError as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except BrokenPipeError:
+        return _nobody_reads()
+    except SystemExit as end:
+        return _nobody_reads() if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
+    except Exception as error:
+        return _bug(error, words)
+    return _interrupted() if code == 130 else code or 0
+
+
+def _usage(error: Any) -> int:  # noqa: ANN401  Typer does not name the type
+    if console.settings.json:
+        console.fail_json({"code": error.exit_code, "kind": "usage", "message": error.format_message()})
+    else:
+        error.show()
+    return int(error.exit_code)
+
+
+def _interrupted() -> int:
+    console.say("interrupted")
+    return 130
+
+
+def _nobody_reads() -> int:
+    """Keep Python from complaining about stdout while it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
+
+
+def _bug(error: Exception, words: list[str]) -> int:
+    """A fault of ours: the traceback goes to a file, one line says where it is."""
+    path = _write_report(error, words)
+    message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
+    if console.settings.json:
+        console.fail_json({"code": 1, "kind": "bug", "message": message, "traceback": str(path)})
+    else:
+        console.complain(f"{message} (traceback: {path}). This is a bug in reft; please report it with that file.")
+    if console.settings.verbose:
+        traceback.print_exception(error)
+    return 1
+
+
+def _write_report(error: Exception, words: list[str]) -> Path:
+    logs = console.settings.run / "logs" if console.settings.run and console.settings.run.is_dir() else None
+    if logs:
+        logs.mkdir(exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-")
+    descriptor, name = tempfile.mkstemp(prefix=f"reft-error-{stamp}", suffix=".log", dir=logs)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        made_with = ", ".join(f"{library} {version}" for library, version in versions().items())
+        file.write(f"{shlex.join(['reft', *without_secrets(words)])}\n{made_with}\n\n")
+        traceback.print_exception(error, file=file)
+    return Path(name)

@@ -1,0 +1,164 @@
+"""The two streams: stdout carries the result and nothing else, stderr carries everything else.
+
+No ANSI codes on a stream that is not a terminal, whatever the environment forces. NO_COLOR and TERM=dumb are honoured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from reft_cli.errors import ReftError, exit_code
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+LOGGERS = ("transformers", "datasets", "accelerate", "huggingface_hub", "torch", "urllib3", "httpx", "filelock")
+
+
+@dataclass
+class Settings:
+    """What the global flags say; one object for the process, made anew by `main`."""
+
+    json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+    progress: bool = True
+    run: Path | None = None
+    """The run folder at work, where a traceback belongs."""
+
+
+settings = Settings()
+
+
+def reset(*, as_json: bool) -> None:
+    """Start with the flags' defaults and with the libraries quiet."""
+    settings.__init__(json=as_json)  # type: ignore[misc]
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(LOGGERS)})\b")
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks must not end the program
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def be_verbose() -> None:
+    """Let details and the libraries' own messages through."""
+    settings.verbose = True
+    for name, value in QUIET_LIBRARIES.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    warnings.filterwarnings("default", module=rf"({'|'.join(LOGGERS)})\b")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person reads the stream through something that understands ANSI codes."""
+    return stream.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def is_live() -> bool:
+    """Whether stderr can show something that moves, and it is wanted."""
+    return is_terminal(sys.stderr) and settings.progress and not settings.quiet
+
+
+def rich_console(stream: TextIO) -> Console:
+    """A Rich console on a stream; wide when not a terminal, so that nothing is cut or wrapped."""
+    from rich.console import Console
+
+    terminal = is_terminal(stream)
+    return Console(file=stream, force_terminal=terminal, width=None if terminal else 10_000, highlight=False)
+
+
+# ---- stdout
+
+
+def result(text: str) -> None:
+    """Print the result, or one line of it."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def result_json(value: Any) -> None:  # noqa: ANN401  any JSON value
+    """Print one JSON value on one line."""
+    result(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def result_rich(renderable: RenderableType) -> None:
+    """Print something of Rich's; plain text when stdout is not a terminal."""
+    console = rich_console(sys.stdout)
+    with console.capture() as capture:
+        console.print(renderable, soft_wrap=not is_terminal(sys.stdout))
+    result("\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n")))
+
+
+def result_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+    """Print aligned columns; those named in `right` hold numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for header in headers:
+        table.add_column(Text(header), justify="right" if header in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    result_rich(table)
+
+
+# ---- stderr
+
+
+def say(text: str) -> None:
+    """Print a line for the person who waits; silent with -q."""
+    if not settings.quiet:
+        complain(text)
+
+
+def detail(text: str) -> None:
+    """Print a line that only -v shows."""
+    if settings.verbose:
+        complain(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    complain(f"warning: {text}")
+
+
+def fail(error: ReftError) -> int:
+    """Print an error as text or as a JSON object; returns the exit code."""
+    code = exit_code(error)
+    if settings.json:
+        first, *others = [asdict(problem) for problem in error.problems]
+        found = {"code": code, "kind": error.kind, **first}
+        fail_json(found | ({"problems": [first, *others]} if others else {}))
+    else:
+        complain(str(error))
+    return code
+
+
+def fail_json(error: dict[str, Any]) -> None:
+    """Print the one JSON object that stands for a failure."""
+    complain(json.dumps({"error": error}, ensure_ascii=False))
+
+
+def complain(text: str) -> None:
+    """Print a line on stderr, whatever the flags."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,49 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_cli.cli import console
+
+
+def _verbose(given: bool) -> None:
+    if given:
+        console.be_verbose()
+
+
+def _quiet(given: bool) -> None:
+    if given:
+        console.settings.quiet = True
+
+
+def _no_progress(given: bool) -> None:
+    if given:
+        console.settings.progress = False
+
+
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say more, the libraries' own messages included.", callback=_verbose)
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results, warnings and errors.", callback=_quiet)]
+NoProgress = Annotated[
+    bool, typer.Option("--no-progress", help="Plain lines in place of a live display.", callback=_no_progress)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; errors as JSON on stderr.")]
+
+SpecFile = Annotated[Path, typer.Argument(help="The YAML spec.", metavar="SPEC", show_default=False)]
+RunPath = Annotated[
+    Path,
+    typer.Argument(help="A run folder, a checkpoint folder, or RUN/best.", metavar="RUN", show_default=False),
+]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", help="Replace a key of the spec, e.g. train.epochs=5. May be repeated.", metavar="KEY=VALUE"),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option("--checkpoint", help="best, last or a step. Without it the best, else the last.", metavar="WHICH"),
+]

@@ -1,0 +1,356 @@
+"""The run folder on disk: what a run wrote, how it is found again, and what may be deleted.
+
+    spec.yaml  resolved.yaml  run.json  metrics.jsonl  checkpoints/step_000123/  best  last  eval/  logs/  README.md
+
+`best` and `last` are relative links into checkpoints/. What a checkpoint holds is not known here, nor are tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from reft_cli.environment import git_state, versions, without_secrets
+from reft_cli.errors import CheckpointError, SpecError
+
+Link = Literal["best", "last"]
+Status = Literal["running", "done", "failed", "interrupted"]
+FORMAT = 1  # of run.json; raised when old readers would misread
+CHECKPOINT_MARK = "reft.json"  # a folder with this file is a checkpoint
+STEP_NAME = re.compile(r"step_(\d{6,})")
+_locks: dict[Path, int] = {}  # descriptors of the folders that this process writes
+
+
+class RunFolder:
+    """One run's folder. Making the object touches nothing on disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.spec = self.path / "spec.yaml"
+        self.resolved = self.path / "resolved.yaml"
+        self.record = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.card = self.path / "README.md"
+        self.logs = self.path / "logs"
+
+    @classmethod
+    def create(cls, path: Path | str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+        """Make the folder, or take the one that is there; it then belongs to this process until it ends.
+
+        SpecError if a run is in the way and neither `resume` nor `overwrite` was asked for, if there is nothing to
+        resume, if another process writes it, or if the folder holds something that is no run (that is never deleted).
+        """
+        run = cls(path)
+        if not run.exists():
+            run._refuse_foreign()
+            if resume:
+                raise SpecError(f"{run.path} does not exist, so there is nothing to resume. Leave out --resume.")
+        elif not (resume or overwrite):
+            raise SpecError(run._in_the_way())
+        run.path.mkdir(parents=True, exist_ok=True)
+        run._lock()
+        if overwrite and not resume:
+            run._clear()
+        return run
+
+    def exists(self) -> bool:
+        """Whether a run lives here: there is a run.json that reft wrote."""
+        try:
+            return "reft_run" in json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def _in_the_way(self) -> str:
+        status = self.read()["status"]
+        state = {"done": "has finished", "running": "is unfinished"}.get(status, f"is unfinished ({status})")
+        return f"{self.path} exists and {state}. Continue with --resume, start over with --overwrite, or give --name."
+
+    def _refuse_foreign(self) -> None:
+        if self.path.is_dir() and not any(self._contents()):
+            return
+        if self.path.exists() or self.path.is_symlink():
+            raise SpecError(
+                f"{self.path} exists and is not a run (it has no run.json of reft's); it is left as it is. "
+                "Give --name or --output."
+            )
+
+    def _contents(self) -> Iterator[Path]:
+        """Entries besides our own hidden ones, which a killed start leaves behind."""
+        return (p for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp"))
+
+    def _clear(self) -> None:
+        for entry in self._contents():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def _lock(self) -> None:
+        """Hold the folder until the process ends; the kernel lets go of it even after SIGKILL."""
+        key = self.path.resolve()
+        if os.name != "posix" or key in _locks:
+            return
+        import fcntl
+
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise SpecError(f"{self.path} is being written by another process. Wait for it, or give --name.") from None
+        _locks[key] = descriptor
+
+    def release(self) -> None:
+        """Let other processes write the folder again."""
+        descriptor = _locks.pop(self.path.resolve(), None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    # ---- the spec, run.json
+
+    def write_spec(self, text: str, *, resolved: str) -> None:
+        """Keep the spec as it was written, and with every key filled."""
+        write_atomic(self.spec, text)
+        write_atomic(self.resolved, resolved)
+
+    def begin(self, *, command: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Write run.json with status running. `facts` are keys of the run: devices, base, data, micro_batch_size, ...
+
+        When the run was begun before, what is known stays and that attempt moves to `attempts`.
+        """
+        earlier = self.read() if self.exists() else {}
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        last = {key: earlier[key] for key in ("started", "ended", "status", "exit_code", "command") if key in earlier}
+        self._write(
+            earlier
+            | {
+                "reft_run": FORMAT,
+                "name": self.path.resolve().name,
+                "status": "running",
+                "exit_code": None,
+                "reason": None,
+                "command": without_secrets(command),
+                "started": _now(),
+                "ended": None,
+                "versions": versions(),
+                "git": git_state(Path.cwd()),
+                "attempts": [*earlier.get("attempts", []), last] if last else [],
+            }
+            | dict(facts)
+        )
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Add or replace keys of run.json."""
+        self._write(self.read() | dict(facts))
+
+    def finish(self, status: Status, *, exit_code: int, reason: str) -> None:
+        """Write how the run ended, and let go of the folder."""
+        self.note({"status": status, "exit_code": exit_code, "reason": reason, "ended": _now()})
+        self.release()
+
+    def read(self) -> dict[str, Any]:
+        """run.json; CheckpointError if it is missing or damaged."""
+        try:
+            found = json.loads(self.record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path} is not a run (it has no run.json)") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.record} cannot be read: {error}") from None
+        if not isinstance(found, dict) or "reft_run" not in found:
+            raise CheckpointError(f"{self.record} was not written by reft")
+        if found["reft_run"] > FORMAT:
+            raise CheckpointError(f"{self.record} is of a newer reft (format {found['reft_run']}); update reft")
+        return found
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        write_atomic(self.record, json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n")
+
+    # ---- metrics.jsonl
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line, on disk when this returns; NaN and infinity become null."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines; a last one that a kill tore is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def truncate_metrics(self, *, after: int) -> None:
+        """Forget the lines of steps beyond `after`, from which a resumed run goes on."""
+        kept = [line for line in self.read_metrics() if line.get("step", 0) <= after]
+        write_atomic(self.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    # ---- checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        folder = self.path / "checkpoints"
+        named = (p for p in folder.iterdir() if STEP_NAME.fullmatch(p.name)) if folder.is_dir() else ()
+        return sorted((p for p in named if (p / CHECKPOINT_MARK).is_file()), key=step_of)
+
+    def link(self, name: Link, checkpoint: Path) -> None:
+        """Point `best` or `last` at a checkpoint, in one step that cannot be seen half done."""
+        target = f"checkpoints/{checkpoint.name}"
+        new = self.path / f".{name}.tmp"
+        new.unlink(missing_ok=True)
+        try:
+            new.symlink_to(target, target_is_directory=True)
+        except (OSError, NotImplementedError):  # a file system without links: the same text in a file
+            write_atomic(self.path / name, target + "\n")
+            return
+        new.replace(self.path / name)
+
+    def linked(self, name: Link) -> Path | None:
+        """The checkpoint that `best` or `last` points at; None if there is no such link or its checkpoint is gone."""
+        link = self.path / name
+        with contextlib.suppress(OSError):
+            target = os.readlink(link) if link.is_symlink() else link.read_text(encoding="utf-8").strip()
+            checkpoint = self.path / target
+            return checkpoint if (checkpoint / CHECKPOINT_MARK).is_file() else None
+        return None
+
+    def select(self, which: str | None = None) -> Path:
+        """The checkpoint called `best`, `last` or by its step; without a name the best, else the last.
+
+        CheckpointError names those that there are.
+        """
+        there = self.checkpoints()
+        if not there:
+            raise CheckpointError(f"{self.path} has no checkpoint (status: {self.read()['status']})")
+        if which is None:
+            return self.linked("best") or self.linked("last") or there[-1]
+        if which == "last":
+            return self.linked("last") or there[-1]
+        found = self.linked("best") if which == "best" else None
+        if which.isdecimal():
+            found = next((p for p in there if step_of(p) == int(which)), None)
+        if found is None:
+            steps = ", ".join(str(step_of(p)) for p in there)
+            raise CheckpointError(f"{self.path} has no checkpoint `{which}`; there are last and the steps {steps}")
+        return found
+
+    def prune(self, keep: int) -> list[Path]:
+        """Delete all but the newest `keep` checkpoints and those that `best` and `last` point at; returns the deleted.
+
+        Incomplete checkpoints of an earlier attempt go too.
+        """
+        there = self.checkpoints()
+        stay = {*there[max(0, len(there) - keep) :], self.linked("best"), self.linked("last")}
+        gone = [p for p in there if p not in stay]
+        torn = [p for p in (self.path / "checkpoints").glob("*") if p.is_dir() and p not in there]
+        for path in (*gone, *torn):
+            shutil.rmtree(path)
+        return gone
+
+    # ---- results
+
+    def evaluation(self, name: str, *, suffix: str = ".json") -> Path:
+        """Where the result of an evaluation called `name` is written; its folder is made."""
+        path = self.path / "eval" / (re.sub(r"[^A-Za-z0-9._-]+", "_", name) + suffix)
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Name -> result of every evaluation that was kept."""
+        files = sorted((self.path / "eval").glob("*.json"))
+        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a path means: a checkpoint, and the run it belongs to if it lies in one."""
+
+    checkpoint: Path
+    run: RunFolder | None
+
+
+def find(path: Path | str, *, checkpoint: str | None = None) -> Found:
+    """Take a run folder, a checkpoint folder, or `runs/x/best`, and say which checkpoint is meant.
+
+    `checkpoint` is best, last or a step, and only goes with a run folder. CheckpointError if there is no such thing.
+    """
+    path = Path(path)
+    run = RunFolder(path)
+    if run.exists():
+        return Found(checkpoint=run.select(checkpoint), run=run)
+    if path.name in ("best", "last") and RunFolder(path.parent).exists():
+        meant = RunFolder(path.parent).select(path.name)
+    elif (path / CHECKPOINT_MARK).is_file():
+        meant = path
+    else:
+        raise CheckpointError(_nothing_at(path))
+    if checkpoint is not None:
+        raise SpecError(f"{path} is one checkpoint; --checkpoint {checkpoint} goes with a run folder")
+    folder = path.parent if path.name in ("best", "last") else path.parent.parent
+    inside = meant.parent.name == "checkpoints" and RunFolder(folder).exists()
+    return Found(checkpoint=meant, run=RunFolder(folder) if inside else None)
+
+
+def runs_in(folder: Path) -> list[RunFolder]:
+    """Runs that lie directly in a folder, by name."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [run for run in map(RunFolder, entries) if run.exists()]
+
+
+def _nothing_at(path: Path) -> str:
+    if path.exists():
+        return f"{path} is neither a run (it has no run.json) nor a checkpoint (it has no {CHECKPOINT_MARK})"
+    names = [run.path.name for run in runs_in(path.parent)]
+    near = get_close_matches(path.name, names, n=1)
+    if near:
+        return f"{path} does not exist; did you mean {path.parent / near[0]}?"
+    return f"{path} does not exist; `reft runs ls` lists the runs that there are"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = STEP_NAME.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old text or the new one and never a part."""
+    new = path.with_name(f".{path.name}.tmp")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  any JSON value
+    """The same value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
