@@ -1,0 +1,60 @@
+"""Folded interventions: a delta in a form that needs no method.
+
+Inference, merging, serving and interop speak these two shapes. Shapes: S sites, r rank, d width, N edited rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class FoldedLowRank:
+    """delta = (h downᵀ + bias) up, of each site."""
+
+    down: Tensor  # [S, r, d]
+    bias: Tensor  # [S, r]
+    up: Tensor  # [S, r, d]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The stacked tensors, in the order of the fields."""
+        return self.down, self.bias, self.up
+
+    @staticmethod
+    def rows(h: Tensor, *site: Tensor) -> Tensor:
+        """Delta [N, d] of the rows h [N, d], from one site's down [r, d], bias [r] and up [r, d]."""
+        down, bias, up = site
+        return functional.linear(h.to(torch.promote_types(h.dtype, down.dtype)), down, bias) @ up
+
+    def delta(self, site: int, h: Tensor) -> Tensor:
+        """Delta [N, d] of the rows h [N, d] at a site."""
+        return self.rows(h, *(tensor[site] for tensor in self.tensors()))
+
+
+@dataclass(frozen=True)
+class FoldedDiagonal:
+    """delta = scale ⊙ h + bias, of each site. `scale` multiplies in the delta: RED's s is scale + 1."""
+
+    scale: Tensor  # [S, d]
+    bias: Tensor  # [S, d]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The stacked tensors, in the order of the fields."""
+        return self.scale, self.bias
+
+    @staticmethod
+    def rows(h: Tensor, *site: Tensor) -> Tensor:
+        """Delta [N, d] of the rows h [N, d], from one site's scale [d] and bias [d]."""
+        scale, bias = site
+        return h * scale + bias  # promotes to scale's type; autograd keeps h as it is, not a wide copy
+
+    def delta(self, site: int, h: Tensor) -> Tensor:
+        """Delta [N, d] of the rows h [N, d] at a site."""
+        return self.rows(h, *(tensor[site] for tensor in self.tensors()))
+
+
+Folded = FoldedLowRank | FoldedDiagonal
