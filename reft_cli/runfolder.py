@@ -20,6 +20,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from reft_cli import modelcard
 from reft_cli.environment import git_state, versions, without_secrets
 from reft_cli.errors import CheckpointError, SpecError
 
@@ -57,8 +60,11 @@ class RunFolder:
                 raise SpecError(f"{run.path} does not exist, so there is nothing to resume. Leave out --resume.")
         elif not (resume or overwrite):
             raise SpecError(run._in_the_way())
-        run.path.mkdir(parents=True, exist_ok=True)
-        run._lock()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run._lock()
+        except OSError as error:
+            raise SpecError(f"{run.path}: cannot write there: {(error.strerror or str(error)).lower()}") from error
         if overwrite and not resume:
             run._clear()
         return run
@@ -272,6 +278,18 @@ class RunFolder:
         """Name -> result of every evaluation that was kept."""
         files = sorted((self.path / "eval").glob("*.json"))
         return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+    def write_card(self) -> None:
+        """Write README.md from what the folder holds."""
+        card = modelcard.render(
+            name=self.path.name if self.path.is_absolute() else str(self.path),
+            record=self.read(),
+            spec=yaml.safe_load(self.resolved.read_text(encoding="utf-8")),
+            metrics=self.read_metrics(),
+            evaluations=self.evaluations(),
+            spec_text=self.spec.read_text(encoding="utf-8"),
+        )
+        write_atomic(self.card, card)
 
 
 @dataclass(frozen=True)

@@ -50,19 +50,16 @@ class EvaluationRecord:
 
 
 class Observer(Protocol):
-    """Who watches a run. Training, evaluation and inference call the same seven methods."""
+    """Who watches. Training calls all of it, evaluation and inference on_progress and on_message."""
 
     def on_start(self, steps: int, start_step: int, summary: Mapping[str, object]) -> None:
-        """Work begins at `start_step` of `steps`; `summary` is what may be shown about it.
-
-        Known keys: `run` the run folder, `verb` what is done (training if not given), `unit` what is counted (step).
-        """
+        """Training begins at `start_step` of `steps`; `summary` is what may be shown about it, `run` the run folder."""
 
     def on_step(self, record: StepRecord) -> None:
         """A log event of training."""
 
-    def on_progress(self, done: int, total: int) -> None:
-        """`done` of `total` units of work, in evaluation and inference."""
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` rows of `what` (validation, a split, prompts) are through; cheap enough for every batch."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """A split has been scored."""
@@ -74,7 +71,7 @@ class Observer(Protocol):
         """Something to be said in words."""
 
     def on_end(self, reason: str) -> None:
-        """Work has ended: `finished`, `early stop`, `interrupted`, `failed`, ...; called exactly once."""
+        """Training has ended: `finished`, `patience`, `interrupted`, `failed`, ..."""
 
 
 class NullObserver:
@@ -86,7 +83,7 @@ class NullObserver:
     def on_step(self, record: StepRecord) -> None:
         """Nothing."""
 
-    def on_progress(self, done: int, total: int) -> None:
+    def on_progress(self, what: str, done: int, total: int) -> None:
         """Nothing."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
