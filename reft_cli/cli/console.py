@@ -5,6 +5,7 @@ No ANSI codes on a stream that is not a terminal, whatever the environment force
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -47,14 +48,15 @@ settings = Settings()
 
 def reset(*, as_json: bool) -> None:
     """Start with the flags' defaults and with the libraries quiet."""
-    settings.__init__(json=as_json)  # type: ignore[misc]
+    settings.json, settings.verbose, settings.quiet, settings.progress, settings.run = as_json, False, False, True, None
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=rf"({'|'.join(LOGGERS)})\b")
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks must not end the program
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def be_verbose() -> None:
