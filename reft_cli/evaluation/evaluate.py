@@ -1,0 +1,137 @@
+"""Scores an intervened model, or its base, on examples: the loss, a prediction for every row, and a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from reft_cli.data.batch import Batch, build_batch, micro_batches
+from reft_cli.data.encode import Example
+from reft_cli.evaluation.metrics import FROM_LOSS, score_classes, score_loss, score_numbers, score_texts
+from reft_cli.generation.decode import Decoding, decode_all
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.positions import PositionGroup
+from reft_cli.tasks.objectives import TASKS, predict
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by name, and for each row what was predicted, in the order of the rows."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a split is scored; flat values that training and `reft eval` share."""
+
+    kind: str
+    metric: str
+    labels: list[str] | None
+    groups: tuple[PositionGroup, ...]
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+    batch_size: int
+    token_budget: int
+
+    def run(
+        self,
+        model: IntervenedModel,
+        examples: Sequence[Example],
+        *,
+        prompts: Sequence[Example],
+        edited: bool = True,
+        on_progress: Progress | None = None,
+    ) -> Evaluation:
+        """Score examples; `prompts` are the same rows without their answers (used by causal_lm only)."""
+        tell = on_progress or (lambda done, total: None)
+        if self.kind == "causal_lm":
+            return self._causal(model, examples, prompts, edited, tell)
+        return self._head(model, examples, edited, tell)
+
+    def _causal(
+        self,
+        model: IntervenedModel,
+        examples: Sequence[Example],
+        prompts: Sequence[Example],
+        edited: bool,
+        tell: Progress,
+    ) -> Evaluation:
+        loss = self.mean_loss(model, examples, edited=edited)
+        metrics = {"loss": loss}
+        samples: list[dict[str, Any]] = [
+            {"row": each.row, "prompt": each.prompt, "reference": each.completion} for each in examples
+        ]
+        if self.metric in FROM_LOSS:
+            return Evaluation(metrics | {self.metric: score_loss(self.metric, loss)}, samples)
+        answers = decode_all(
+            model,
+            prompts,
+            groups=self.groups,
+            tokenizer=self.tokenizer,
+            decoding=self.decoding,
+            batch_size=self.batch_size,
+            edited=edited,
+            on_progress=lambda done: tell(done, len(prompts)),
+        )
+        for sample, answer in zip(samples, answers, strict=True):
+            sample |= {"prediction": answer.text, "finished": answer.finished}
+        predictions, references = [answer.text for answer in answers], [each.completion for each in examples]
+        return Evaluation(metrics | {self.metric: score_texts(self.metric, predictions, references)}, samples)
+
+    @torch.inference_mode()
+    def _head(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> Evaluation:
+        task, loss = TASKS[self.kind], 0.0
+        outputs: dict[int, list[float]] = {}
+        for chosen, batch in self._batches(model, examples):
+            with model.editing(batch.rows if edited else None):
+                loss += float(task.loss(model, batch))
+                for example, values in zip(chosen, predict(model, batch).tolist(), strict=True):
+                    outputs[id(example)] = values
+            tell(len(outputs), len(examples))
+        rows = [outputs[id(example)] for example in examples]
+        metrics = {"loss": loss / task.units(examples)}
+        if self.kind == "regression":
+            numbers = [values[0] for values in rows]
+            if self.metric not in FROM_LOSS:
+                metrics[self.metric] = score_numbers(
+                    self.metric, numbers, [float(each.label or 0) for each in examples]
+                )
+            found: list[Any] = numbers
+            wanted: list[Any] = [each.label for each in examples]
+        else:
+            classes = [max(range(len(values)), key=values.__getitem__) for values in rows]
+            truths = [int(each.label or 0) for each in examples]
+            if self.metric not in FROM_LOSS:
+                metrics[self.metric] = score_classes(self.metric, classes, truths)
+            names = self.labels or []
+            found, wanted = [names[each] for each in classes], [names[each] for each in truths]
+        samples = [
+            {"row": each.row, "prompt": each.prompt, "reference": truth, "prediction": guess}
+            for each, truth, guess in zip(examples, wanted, found, strict=True)
+        ]
+        return Evaluation(metrics, samples)
+
+    @torch.inference_mode()
+    def mean_loss(self, model: IntervenedModel, examples: Sequence[Example], *, edited: bool = True) -> float:
+        """The objective's mean over all units of these rows."""
+        task = TASKS[self.kind]
+        total = 0.0
+        for _, batch in self._batches(model, examples):
+            with model.editing(batch.rows if edited else None):
+                total += float(task.loss(model, batch))
+        return total / task.units(examples)
+
+    def _batches(self, model: IntervenedModel, examples: Sequence[Example]) -> Iterator[tuple[list[Example], Batch]]:
+        for chosen in micro_batches(examples, token_budget=self.token_budget, rows=None, padded=True):
+            batch = build_batch(
+                chosen, groups=self.groups, layout="padded", pad_token_id=self.tokenizer.pad_token_id or 0
+            )
+            yield chosen, batch.to(model.device)

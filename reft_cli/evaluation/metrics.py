@@ -1,0 +1,68 @@
+"""Scores of predictions against references, by scikit-learn and scipy; texts are compared stripped."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+LOWER_IS_BETTER = {"loss", "perplexity"}
+FROM_LOSS = {"loss", "perplexity"}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+TOLERANCE = 1e-3  # of numeric_match; pyreft's for arithmetic
+
+Texts = Sequence[str]
+Numbers = Sequence[float]
+
+
+def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
+    """A score of answers as text. exact_match and accuracy are shares; f1 is the macro mean over the references' labels.
+
+    numeric_match: the last number of the answer is within 1e-3 of the reference's last number; commas are dropped.
+    pearson and spearman read numbers the same way; an answer without one counts as 0.
+    """
+    guesses, truths = [text.strip() for text in predictions], [text.strip() for text in references]
+    if metric in ("exact_match", "accuracy"):
+        return float(accuracy_score(truths, guesses))
+    if metric == "f1":
+        return float(f1_score(truths, guesses, labels=sorted(set(truths)), average="macro", zero_division=0))
+    if metric == "matthews":
+        return float(matthews_corrcoef(truths, guesses))
+    found, wanted = [last_number(text) for text in guesses], [last_number(text) for text in truths]
+    if metric == "numeric_match":
+        hits = [a is not None and b is not None and abs(a - b) <= TOLERANCE for a, b in zip(found, wanted, strict=True)]
+        return sum(hits) / len(hits)
+    return score_numbers(metric, [value or 0.0 for value in found], [value or 0.0 for value in wanted])
+
+
+def score_classes(metric: str, predictions: Sequence[int], references: Sequence[int]) -> float:
+    """A score of class numbers. f1: of class 1 if there are two classes (as GLUE), else the macro mean."""
+    if metric == "accuracy":
+        return float(accuracy_score(references, predictions))
+    if metric == "matthews":
+        return float(matthews_corrcoef(references, predictions))
+    binary = set(references) | set(predictions) <= {0, 1}
+    return float(f1_score(references, predictions, average="binary" if binary else "macro", zero_division=0))
+
+
+def score_numbers(metric: str, predictions: Numbers, references: Numbers) -> float:
+    """A correlation. One that does not exist, as of a constant, is 0."""
+    correlation: Callable[..., object] = {"pearson": pearsonr, "spearman": spearmanr}[metric]
+    if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(correlation(predictions, references).statistic)  # type: ignore[attr-defined]
+
+
+def score_loss(metric: str, loss: float) -> float:
+    """The loss itself in nats, or its exponential."""
+    return loss if metric == "loss" else math.exp(min(loss, 700.0))
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, thousands separators dropped."""
+    numbers = NUMBER.findall(text.replace(",", ""))
+    return float(numbers[-1]) if numbers else None

@@ -1,0 +1,47 @@
+"""Puts an intervened model together from flat values: blocks, layers, sites, bank."""
+
+from __future__ import annotations
+
+import torch
+
+from reft_cli.interventions import build_bank
+from reft_cli.models.blocks import find_blocks, find_target, select_layers, target_width
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseModel
+from reft_cli.models.sites import plan_sites
+from reft_cli.positions import Positions
+
+
+def build_intervened(
+    base: BaseModel,
+    *,
+    method: str,
+    layers: str | list[int],
+    component: str,
+    positions: Positions,
+    tied: bool,
+    rank: int | None,
+    init: str,
+    dropout: float,
+    dropout_on: str,
+    seed: int,
+) -> IntervenedModel:
+    """A base model with a fresh bank at all its sites; the same seed gives the same weights on every machine.
+
+    ModelError: a layer or component that the model does not have.
+    """
+    blocks = find_blocks(base.model)
+    chosen = select_layers(blocks, layers, model_name=base.name)
+    sites = plan_sites(layers=chosen, component=component, groups=positions.groups(tied=tied))
+    width = target_width(base.model, find_target(blocks, chosen[0], component), component)
+    bank = build_bank(
+        method,
+        sites=len(sites),
+        width=width,
+        rank=rank,
+        init=init,
+        dropout=dropout,
+        dropout_on=dropout_on,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return IntervenedModel(base.model, blocks=blocks, bank=bank.to(next(base.model.parameters()).device), sites=sites)

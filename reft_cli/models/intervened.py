@@ -1,0 +1,155 @@
+"""A frozen base model with a bank of interventions hooked to its sites.
+
+Hooks are registered once and do nothing unless rows are given: `with model.editing(rows): ...`.
+Rows are flat numbers into h.view(-1, D), one int64 tensor a position group, so that padded, packed, left-padded and
+prefilling batches all look the same here. It knows no YAML and no tokenizer.
+
+Shapes: B batch, T tokens, D hidden size, N edited rows, K answer rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from reft_cli.interventions.bank import Bank
+from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output
+from reft_cli.models.sites import Site
+
+Rows = Mapping[str, Tensor]
+
+
+class IntervenedModel(nn.Module):
+    """h' = h + Δ(h) at the rows of each site; everything else is the base model.
+
+    `sites[i]` is edited by row i of the bank. The base is frozen; what trains is the bank and, for classification, the
+    head: `head_parameters` are the base class's parameters outside its transformer.
+    """
+
+    def __init__(self, base_model: nn.Module, *, blocks: Blocks, bank: Bank, sites: tuple[Site, ...]) -> None:
+        super().__init__()
+        assert bank.sites == len(sites), "one row of the bank for each site"
+        self.base_model = base_model
+        self.bank = bank
+        self.sites = sites
+        self._rows: Rows | None = None
+        self._answer_rows: Tensor | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._targets = [find_target(blocks, site.layer, site.component) for site in sites]
+
+    def __enter__(self) -> IntervenedModel:
+        """Register the hooks, in the order of the sites."""
+        assert not self._handles, "the hooks are registered already"
+        for index, (site, target) in enumerate(zip(self.sites, self._targets, strict=True)):
+            self._handles.append(self._hook(index, site, target))
+        unembedding = self.base_model.get_output_embeddings()  # type: ignore[operator]
+        if unembedding is not None:
+            self._handles.append(unembedding.register_forward_pre_hook(self._keep_answer_rows))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove our hooks and nobody else's."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, index: int, site: Site, target: Target) -> torch.utils.hooks.RemovableHandle:
+        if target.end == "output":
+
+            def edit_output(_: nn.Module, __: object, output: object) -> object:
+                rows = self._rows_of(site)
+                if rows is None:
+                    return None
+                edited = self._edit(index, hidden_output(output), rows)
+                return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+            return target.module.register_forward_hook(edit_output)
+
+        def edit_input(
+            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+            rows = self._rows_of(site)
+            if rows is None:
+                return None
+            edited = self._edit(index, hidden_input(args, kwargs), rows)
+            return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
+
+        return target.module.register_forward_pre_hook(edit_input, with_kwargs=True)
+
+    def _rows_of(self, site: Site) -> Tensor | None:
+        return None if self._rows is None else self._rows.get(site.group)
+
+    def _edit(self, index: int, h: Tensor, rows: Tensor) -> Tensor:
+        flat = h.reshape(-1, h.shape[-1])  # [B*T, D]
+        before = flat.index_select(0, rows)  # [N, D]
+        after = (before + self.bank.delta(index, before)).to(h.dtype)  # summed in float32, then rounded once
+        return flat.index_copy(0, rows, after).view_as(h)
+
+    def _keep_answer_rows(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._answer_rows is None:
+            return None
+        h = args[0]
+        return (h.reshape(1, -1, h.shape[-1]).index_select(1, self._answer_rows), *args[1:])  # [1, K, D]
+
+    @contextmanager
+    def editing(self, rows: Rows | None) -> Iterator[None]:
+        """Edit these rows in every forward pass inside; None: the base model.
+
+        A backward pass that recomputes activations has to run inside too.
+        """
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    def set_rows(self, rows: Rows | None) -> None:
+        """Change the rows inside `editing`, for passes whose rows are known only as they start (generation)."""
+        self._rows = rows
+
+    def logits_at(self, inputs: Mapping[str, Tensor], answer_rows: Tensor) -> Tensor:
+        """Logits [K, V] at flat rows only: those of a masked prompt are never formed."""
+        self._answer_rows = answer_rows
+        try:
+            output = self.base_model(**inputs, use_cache=False)
+        finally:
+            self._answer_rows = None
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Compute activations again in the backward pass, or keep them. Works for hooks inside blocks too."""
+        base = self.base_model
+        if hasattr(base, "activation_checkpointing_enable"):  # transformers 5.20 and later
+            switch = base.activation_checkpointing_enable if wanted else base.activation_checkpointing_disable
+        else:
+            switch = base.gradient_checkpointing_enable if wanted else base.gradient_checkpointing_disable
+        switch({"use_reentrant": False}) if wanted else switch()  # type: ignore[operator]
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters of the base class's task head, by their names in the base model."""
+        return {name: p for name, p in self.base_model.named_parameters() if p.requires_grad}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds: the bank's tensors and the head's."""
+        state = {f"bank.{name}": tensor for name, tensor in self.bank.state_dict().items()}
+        return state | {f"head.{name}": p.detach() for name, p in self.head_parameters().items()}
+
+    def trainable_count(self) -> int:
+        """Numbers that are trained, bank and head."""
+        return sum(tensor.numel() for tensor in self.trainable_state().values())
+
+    def base_count(self) -> int:
+        """Parameters of the base model."""
+        return sum(p.numel() for p in self.base_model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model takes its input."""
+        return next(self.base_model.parameters()).device

@@ -1,0 +1,208 @@
+"""Loads the frozen base model and its tokenizer from the hub, a local folder or the package.
+
+It knows no interventions. Every problem of the hub, of a folder or of a name is a ModelError with one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from reft_cli import bundled
+from reft_cli.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Which base model, and how it is to be loaded."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    dropout: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def location(self) -> str:
+        """Hub id or local path; `bundled:NAME` resolved to its folder in the package."""
+        return str(bundled.locate(self.name, kind="model")) if bundled.is_bundled(self.name) else self.name
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base: frozen, in eval mode, on its device. The commit is None for local folders."""
+
+    model: PreTrainedModel
+    name: str
+    commit: str | None
+    shape_hash: str
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device that a spec's `device` means here. ModelError: this machine has none such."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(wanted)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ModelError(f"model.device: {wanted} does not exist; this machine has {count or 'no'} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("model.device: mps is not available on this machine; write auto or cpu")
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The type of the base's weights: auto is bfloat16 on GPUs that compute in it, else float32."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_config(source: BaseSource) -> PretrainedConfig:
+    """The model's configuration, without its weights."""
+    _check_folder(source)
+    try:
+        return AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except FAILURES as error:
+        raise ModelError(_explain(source, error)) from error
+
+
+def load_tokenizer(source: BaseSource) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer; a missing padding token becomes the end-of-sequence token."""
+    _check_folder(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except FAILURES as error:
+        raise ModelError(_explain(source, error)) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{source.name}: needs a fast tokenizer (tokenizer.json); this one is {type(tokenizer).__name__}"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_causal_lm(source: BaseSource) -> BaseModel:
+    """A frozen decoder with its language-modelling head."""
+    return _load(source, AutoModelForCausalLM, {})
+
+
+def load_classifier(source: BaseSource, *, outputs: int, pad_token_id: int | None, seed: int) -> BaseModel:
+    """A frozen transformer with a head of `outputs` numbers that trains, in float32; the head's weights follow `seed`."""
+    torch.manual_seed(seed)
+    loaded = _load(source, AutoModelForSequenceClassification, {"num_labels": outputs, "pad_token_id": pad_token_id})
+    for name, parameter in loaded.model.named_parameters():
+        if not name.startswith(f"{loaded.model.base_model_prefix}."):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    for name, child in loaded.model.named_children():
+        if name != loaded.model.base_model_prefix:
+            child.register_forward_pre_hook(_float_input)
+    return loaded
+
+
+def _float_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseModel:
+    config = load_config(source)
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    if not source.dropout:
+        for key, value in config.to_dict().items():
+            if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
+                setattr(config, key, 0.0)
+    device = pick_device(source.device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers warns of weights that the head brings anew
+            model = auto.from_pretrained(  # type: ignore[attr-defined]  # every Auto class has it
+                source.location,
+                config=config,
+                revision=source.revision,
+                dtype=pick_dtype(source.dtype, device),
+                attn_implementation=None if source.attention == "auto" else source.attention,
+                trust_remote_code=source.trust_remote_code,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise ModelError(_explain(source, error)) from error
+    model.requires_grad_(False)
+    model.eval().to(device)
+    return BaseModel(model, source.name, getattr(config, "_commit_hash", None), shape_hash(model))
+
+
+def shape_hash(model: PreTrainedModel) -> str:
+    """Names and shapes of the transformer's parameters, without the head: equal only for models that fit each other."""
+    lines = sorted(f"{name} {list(p.shape)}" for name, p in model.base_model.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _check_folder(source: BaseSource) -> None:
+    path = Path(source.location)
+    looks_local = path.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{source.name}: this folder has no config.json, so it is not a Hugging Face model")
+    elif path.is_file():
+        raise ModelError(f"{source.name}: this is a file; a model is a folder with config.json, or a hub id")
+    elif looks_local:
+        there = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), there, 1, 0.6)
+        raise ModelError(f"{source.name}: no such folder" + (f"; did you mean `{near[0]}`?" if near else ""))
+
+
+def _explain(source: BaseSource, error: Exception) -> str:
+    """One line from what transformers and the hub client say in many."""
+    text = str(error)
+    name = source.name + (f"@{source.revision}" if source.revision else "")
+    if "trust_remote_code" in text:
+        return f"{name}: this repository brings Python code; read it, then set model.trust_remote_code: true"
+    if "gated" in text or "401" in text or "403" in text:
+        return f"{name}: access is refused; accept its terms on the hub and log in (`hf auth login`)"
+    if isinstance(error, ImportError):
+        return f"{name}: {text.strip().splitlines()[0]}"
+    if "Unrecognized configuration class" in text:
+        return f"{name}: its architecture has no head of this kind in transformers; is it a {_kinds()}?"
+    if "onnect" in text or "offline" in text.lower() or "cached files" in text:
+        return f"{name}: not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    if "not a valid model identifier" in text or "404" in text or "Repository Not Found" in text:
+        return f"{name}: neither a local folder nor a model on the hub"
+    first = next((line for line in text.strip().splitlines() if line.strip()), type(error).__name__)
+    return f"{name}: cannot be loaded: {first.strip()}"
+
+
+def _kinds() -> str:
+    return "decoder (causal_lm) or an encoder (classification, regression)"

@@ -1,0 +1,91 @@
+"""The objectives: the summed loss of a batch, and how many units (answer tokens or rows) it is the sum over.
+
+The loop divides by the units of the whole global batch, so neither micro-batches nor processes change the mean.
+
+Shapes: B rows, K answer tokens, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+
+from reft_cli.data.batch import Batch
+from reft_cli.data.encode import Example
+from reft_cli.models.intervened import IntervenedModel
+
+
+class Task(Protocol):
+    """What training needs to know of an objective."""
+
+    can_pack: bool
+    """Whether sequences may stand end to end in one row."""
+
+    def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
+        """The loss summed over the batch's units, float32, scalar."""
+        ...
+
+    def units(self, examples: Sequence[Example]) -> int:
+        """How many units the loss of these examples is summed over."""
+        ...
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Σ −log p(token | what stands before it) over answer tokens; the prompt is not learned."""
+
+    can_pack: bool = True
+
+    def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
+        """Cross-entropy in nats; logits are formed at answer rows only."""
+        logits = model.logits_at(batch.inputs, batch.answer_rows)  # [K, V]
+        return cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+    def units(self, examples: Sequence[Example]) -> int:
+        """Answer tokens."""
+        return sum(len(example.input_ids) - max(example.prompt_length, 1) for example in examples)
+
+
+def predict(model: IntervenedModel, batch: Batch) -> Tensor:
+    """The head's numbers [B, C]; for regression C is 1."""
+    logits: Tensor = model.base_model(**batch.inputs).logits
+    return logits.float()
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Σ −log p(class | row)."""
+
+    can_pack: bool = False
+
+    def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
+        """Cross-entropy in nats."""
+        assert batch.labels is not None, "a classification batch has labels"
+        return cross_entropy(predict(model, batch), batch.labels, reduction="sum")
+
+    def units(self, examples: Sequence[Example]) -> int:
+        """Rows."""
+        return len(examples)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Σ (prediction − number)²."""
+
+    can_pack: bool = False
+
+    def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
+        """Squared error."""
+        assert batch.labels is not None, "a regression batch has numbers"
+        return mse_loss(predict(model, batch).squeeze(-1), batch.labels.float(), reduction="sum")
+
+    def units(self, examples: Sequence[Example]) -> int:
+        """Rows."""
+        return len(examples)
+
+
+TASKS: dict[str, Task] = {"causal_lm": CausalLM(), "classification": Classification(), "regression": Regression()}

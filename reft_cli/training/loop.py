@@ -1,0 +1,276 @@
+"""The training loop: global batches, one optimizer step each, on as many processes as Accelerate was started with.
+
+The loss of a step is the mean over the units (answer tokens or rows) of its global batch, whatever the micro-batches and
+processes. Validation and saving are handed in, so this file imports neither.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from reft_cli.data.batch import Layout, build_batch, micro_batches
+from reft_cli.data.encode import Example
+from reft_cli.errors import Diverged, Interrupted
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.positions import PositionGroup
+from reft_cli.tasks.objectives import Task
+from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
+from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
+from reft_cli.training.schedule import Order, rate_factor
+from reft_cli.training.state import Progress, capture_state, restore_state
+
+LOSS_WINDOW = 100
+WATCH_FROM = 20  # losses that must be known before one can be called exploded
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Flat settings of a run; the spec's sections `train`, `evaluation` and `checkpoint` say what each means."""
+
+    epochs: float
+    max_steps: int | None
+    learning_rate: float
+    schedule: str
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float | None
+    global_batch_size: int
+    micro_batch_size: int | None
+    token_budget: int
+    layout: Layout
+    seed: int
+    log_every: int
+    diverge_factor: float
+    validate_every: int | Literal["epoch", "never"]
+    save_every: int | Literal["epoch"]
+    patience: int | None
+    lower_is_better: bool
+    best_metric: str
+
+
+@dataclass
+class Hooks:
+    """What the loop calls and does not know: validation, saving, and a signal that asks to stop."""
+
+    validate: Callable[[], dict[str, float]] | None
+    save: Callable[[Progress, dict[str, Tensor]], None]
+    mark_best: Callable[[int], None]
+    log: Callable[[dict[str, float], int], None]
+    stop_signal: Callable[[], int | None]
+    last_good: Callable[[], str]
+
+
+class Trainer:
+    """One run of the loop over one model and its examples."""
+
+    def __init__(
+        self,
+        model: IntervenedModel,
+        *,
+        task: Task,
+        examples: Sequence[Example],
+        groups: Sequence[PositionGroup],
+        pad_token_id: int,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        observer: Observer,
+        hooks: Hooks,
+    ) -> None:
+        self.model, self.task, self.examples, self.groups = model, task, examples, groups
+        self.pad_token_id, self.settings = pad_token_id, settings
+        self.accelerator, self.observer, self.hooks = accelerator, observer, hooks
+        self.order = Order(len(examples), settings.global_batch_size, settings.seed)
+        self.steps = self.order.steps(settings.epochs, settings.max_steps)
+        self.parameters = trainable_parameters(model)
+        self.optimizer = build_optimizer(
+            model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        half = next(model.base_model.parameters()).dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
+        self.progress = Progress()
+        self._pending: list[tuple[int, Tensor, list[int]]] = []  # (step, loss, rows) not yet looked at
+
+    def resume(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
+        """Go on from a captured state; the model's weights are loaded already."""
+        self.progress = progress
+        restore_state(tensors, self.optimizer, self.parameters, self.model.device)
+        if progress.loss_scale:
+            self.scaler.load_state_dict(progress.loss_scale)
+
+    def run(self) -> str:
+        """Train to the end; returns why it ended: `finished` or `patience`.
+
+        Diverged: the loss is not finite or exploded. Interrupted: a signal came, and a checkpoint was saved.
+        """
+        self.observer.on_start(self.steps, self.progress.step, {})
+        epoch, permutation = -1, []
+        self.model.train()
+        while self.progress.step < self.steps:
+            started = time.perf_counter()
+            if self.progress.step // self.order.steps_per_epoch != epoch:
+                epoch = self.progress.step // self.order.steps_per_epoch
+                permutation = self.order.permutation(epoch)
+            rows = list(self.order.global_batch(self.progress.step, permutation))
+            loss, norm, rate = self._step([self.examples[row] for row in rows])
+            self.progress.step += 1
+            self._pending.append((self.progress.step, loss, [self.examples[row].row for row in rows]))
+            self.progress.seconds += time.perf_counter() - started
+            if self._end_of_step(norm, rate):
+                return "patience"
+        return "finished"
+
+    def _step(self, examples: list[Example]) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step on a global batch: its mean loss, the gradient's norm, the learning rate."""
+        settings, device = self.settings, self.model.device
+        units = self.task.units(examples)
+        total = torch.zeros((), device=device)
+        self.model.bank.refresh()
+        for micro in self._share(examples):
+            batch = build_batch(micro, groups=self.groups, layout=settings.layout, pad_token_id=self.pad_token_id).to(
+                device
+            )
+            with self.model.editing(batch.rows):
+                loss = self.task.loss(self.model, batch) / units
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.progress.tokens += sum(len(example.input_ids) for example in examples)
+        self.model.bank.backpropagate()
+        gradients = all_gradients(self.model)
+        if self.accelerator.num_processes > 1:
+            for tensor in (*gradients, total):
+                torch.distributed.all_reduce(tensor)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            list(self.parameters.values()), settings.max_grad_norm or math.inf, foreach=True
+        )
+        rate = settings.learning_rate * rate_factor(
+            self.progress.step,
+            steps=self.steps,
+            warmup_steps=math.ceil(settings.warmup_ratio * self.steps),
+            schedule=settings.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm, rate
+
+    def _share(self, examples: list[Example]) -> Iterator[list[Example]]:
+        """This process's micro-batches of a global batch: every n-th row by length, so that processes work equally."""
+        ranked = sorted(examples, key=lambda each: (-len(each.input_ids), each.row))
+        mine = ranked[self.accelerator.process_index :: self.accelerator.num_processes]
+        return micro_batches(
+            mine,
+            token_budget=self.settings.token_budget,
+            rows=self.settings.micro_batch_size,
+            padded=self.settings.layout == "padded",
+        )
+
+    def _end_of_step(self, norm: Tensor, rate: float) -> bool:
+        """Log, validate, save and watch, as far as each is due. True: patience has run out."""
+        step, last = self.progress.step, self.progress.step == self.steps
+        validate = self.hooks.validate is not None and self._due(self.settings.validate_every)
+        save = self._due(self.settings.save_every)
+        signal = self.hooks.stop_signal()
+        if last or validate or save or signal or step % self.settings.log_every == 0:
+            self._look_at_losses()
+            self._report_step(norm, rate)
+        best = validate and self._validate()
+        if save or last or signal or best:
+            self._save()
+        if best:
+            self.hooks.mark_best(step)
+        if signal and not last:
+            raise Interrupted(f"stopped by signal {signal} at step {step}", signal=signal)
+        return bool(self.settings.patience) and self.progress.bad_validations >= (self.settings.patience or 0)
+
+    def _due(self, every: int | Literal["epoch", "never"]) -> bool:
+        step = self.progress.step
+        if every == "never":
+            return False
+        interval = self.order.steps_per_epoch if every == "epoch" else every
+        return step % interval == 0 or step == self.steps
+
+    def _look_at_losses(self) -> None:
+        """Read the losses since the last look (one wait for the device) and stop if one is not finite or exploded."""
+        for (step, _, rows), loss in zip(
+            self._pending, torch.stack([loss for _, loss, _ in self._pending]).tolist(), strict=True
+        ):
+            recent = self.progress.recent_losses
+            mean = sum(recent) / len(recent) if recent else loss
+            exploded = len(recent) >= WATCH_FROM and loss > self.settings.diverge_factor * max(mean, 1e-3)
+            if not math.isfinite(loss) or exploded:
+                what = f"rose to {loss:.3g} from a mean of {mean:.3g}" if math.isfinite(loss) else f"is {loss}"
+                shown = ", ".join(map(str, sorted(rows)[:8])) + (", …" if len(rows) > 8 else "")
+                raise Diverged(
+                    f"loss {what} at step {step} (learning rate {self.settings.learning_rate:g}, rows {shown}). "
+                    f"{self.hooks.last_good()} Try a lower train.learning_rate, or train.warmup_ratio: 0.1"
+                )
+            self.progress.recent_losses = [*recent, loss][-LOSS_WINDOW:]
+        self._pending.clear()
+
+    def _report_step(self, norm: Tensor, rate: float) -> None:
+        progress = self.progress
+        per_second = progress.tokens / max(progress.seconds, 1e-9)
+        left = (self.steps - progress.step) * progress.seconds / max(progress.step, 1)
+        device = self.model.device
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        losses = progress.recent_losses[-self.settings.log_every :]
+        record = StepRecord(
+            step=progress.step,
+            steps=self.steps,
+            epoch=progress.step / self.order.steps_per_epoch,
+            loss=sum(losses) / len(losses),
+            learning_rate=rate,
+            grad_norm=float(norm),
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            tokens_per_second=per_second,
+            eta_seconds=left,
+            memory_bytes=memory,
+        )
+        self.observer.on_step(record)
+        self.hooks.log(
+            {
+                "epoch": round(record.epoch, 4),
+                "loss": record.loss,
+                "learning_rate": rate,
+                "grad_norm": record.grad_norm,
+                "tokens": progress.tokens,
+                "seconds": round(progress.seconds, 3),
+            },
+            progress.step,
+        )
+
+    def _validate(self) -> bool:
+        """Score the validation rows; True if it is the best score yet."""
+        assert self.hooks.validate is not None
+        started = time.perf_counter()
+        self.model.eval()
+        metrics = self.hooks.validate()
+        self.model.train()
+        score, progress = metrics[self.settings.best_metric], self.progress
+        known = progress.best_score
+        better = known is None or (score < known if self.settings.lower_is_better else score > known)
+        if better:
+            progress.best_score, progress.best_step, progress.bad_validations = score, progress.step, 0
+        else:
+            progress.bad_validations += 1
+        seconds = time.perf_counter() - started
+        self.observer.on_evaluation(EvaluationRecord(progress.step, "validation", metrics, seconds, better))
+        self.hooks.log({f"validation_{name}": value for name, value in metrics.items()}, progress.step)
+        return better
+
+    def _save(self) -> None:
+        self.progress.loss_scale = self.scaler.state_dict()
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.hooks.save(self.progress, capture_state(self.optimizer, names, self.model.device))

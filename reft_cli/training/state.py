@@ -1,0 +1,69 @@
+"""Everything that training needs besides the weights to go on exactly where it stopped, as tensors and plain JSON."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass
+class Progress:
+    """Where a run stands; JSON beside the tensors of a checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Real tokens that went through the model."""
+    seconds: float = 0.0
+    """Time spent in training steps."""
+    best_score: float | None = None
+    best_step: int | None = None
+    bad_validations: int = 0
+    """Validations since the best one."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Up to a hundred losses, for recognising one that exploded."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """State of the float16 loss scaler; empty otherwise."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def capture_state(optimizer: Optimizer, names: dict[int, str], device: torch.device) -> dict[str, Tensor]:
+    """The optimizer's moments, by parameter name, and the random number generators' states."""
+    state = {
+        f"optimizer.{names[id(parameter)]}.{kind}": tensor.detach().clone()
+        for parameter, kinds in optimizer.state.items()
+        for kind, tensor in kinds.items()
+    }
+    state["rng.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_state(
+    tensors: dict[str, Tensor], optimizer: Optimizer, parameters: dict[str, torch.nn.Parameter], device: torch.device
+) -> None:
+    """Put captured moments and generator states back."""
+    for name, parameter in parameters.items():
+        prefix = f"optimizer.{name}."
+        kinds = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        optimizer.state[parameter] = {
+            kind: value.clone() if kind == "step" else value.to(parameter.device) for kind, value in kinds.items()
+        }
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators, on every device."""
+    random.seed(seed)
+    torch.manual_seed(seed)
