@@ -1,0 +1,339 @@
+"""Rows to examples: token ids with a known end of the prompt, and a label where the task has one.
+
+Everything here is a pure function of its arguments. Batches and tensors are elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from reft_cli.data.formats import Format
+from reft_cli.data.labels import class_number, find_classes, number
+from reft_cli.data.records import Rows
+from reft_cli.data.templates import Template
+from reft_cli.data.tokens import TextTokenizer
+from reft_cli.errors import DataError, Problem
+from reft_cli.positions import Positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TaskKind = Literal["causal_lm", "classification", "regression"]
+Overflow = Literal["error", "drop", "truncate_prompt"]
+CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads, small enough to keep offsets off the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. The first `prompt_length` are the prompt, what follows is learned; `row` counts from 1."""
+
+    input_ids: list[int]
+    prompt_length: int
+    label: int | float | None
+    prompt: str
+    completion: str
+    row: int
+    token_types: list[int] | None = None
+
+    @property
+    def learned(self) -> int:
+        """Tokens with a loss; the first token of a sequence is predicted from nothing."""
+        return len(self.input_ids) - max(self.prompt_length, 1)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Rows to which something happened: how many, and the number of the first."""
+
+    count: int = 0
+    first: int | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows.
+
+    spanning: a token lies in prompt and answer; it is the answer's. differing: the prompt alone has other tokens than
+    in its row, so that training and inference see different prompts.
+    """
+
+    read: int
+    used: int
+    dropped: Notice = Notice()
+    cut: Notice = Notice()
+    spanning: Notice = Notice()
+    differing: Notice = Notice()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples in the order of the rows; `classes` are the names of the class numbers."""
+
+    name: str
+    examples: list[Example]
+    counts: Counts
+    classes: tuple[str, ...] | None = None
+
+
+def encode_examples(
+    rows: Rows,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    data_format: Format,
+    template: Template,
+    task_kind: TaskKind,
+    positions: Positions,
+    max_length: int,
+    on_overflow: Overflow = "error",
+    append_eos: bool = True,
+    classes: Sequence[str] | None = None,
+    classes_given: bool = False,
+) -> Encoded:
+    """All rows as examples with answers or labels.
+
+    `classes`: names in the order of their numbers; found in these rows if None. `classes_given`: they were written by
+    the user, so that a label may also be a number. DataError names the row at fault.
+    """
+    text = TextTokenizer(tokenizer)
+    fields = [data_format.fields_of(row, where=rows.where(index)) for index, row in enumerate(rows.rows)]
+    if task_kind == "causal_lm":
+        examples, spanning, differing = _answers(rows, fields, text=text, template=template, append_eos=append_eos)
+        _refuse_empty(examples, name=rows.name, eos=text.eos_token_id if append_eos else None)
+        known = None
+    else:
+        labels, known = _labels(rows, fields, kind=task_kind, classes=classes, given=classes_given)
+        examples = _prompts(fields, rows.numbers, text=text, template=template, whole=True, places=_places(rows))
+        examples = [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
+        spanning, differing = [], []
+    kept, dropped, cut = fit(
+        examples, text=text, max_length=max_length, on_overflow=on_overflow, positions=positions, name=rows.name
+    )
+    counts = Counts(
+        read=len(rows),
+        used=len(kept),
+        dropped=notice(dropped),
+        cut=notice(cut),
+        spanning=notice(spanning),
+        differing=notice(differing),
+    )
+    return Encoded(rows.name, kept, counts, known)
+
+
+def encode_prompts(
+    fields: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    task_kind: TaskKind = "causal_lm",
+    numbers: Sequence[int] | None = None,
+    places: Sequence[str] | None = None,
+) -> list[Example]:
+    """Prompts without answers, with the ids that they have in training. `places` name the rows in messages."""
+    return _prompts(
+        fields,
+        numbers or range(1, len(fields) + 1),
+        text=TextTokenizer(tokenizer),
+        template=template,
+        whole=task_kind != "causal_lm",
+        places=places or [f"prompt {index}" for index in range(1, len(fields) + 1)],
+    )
+
+
+def fit(
+    examples: Sequence[Example],
+    *,
+    text: TextTokenizer,
+    max_length: int,
+    on_overflow: Overflow,
+    positions: Positions,
+    name: str,
+) -> tuple[list[Example], list[int], list[int]]:
+    """(examples of at most `max_length` tokens, rows dropped, rows cut); DataError for `on_overflow` error."""
+    long = [example for example in examples if len(example.input_ids) > max_length]
+    if not long:
+        return list(examples), [], []
+    shortened = {
+        example.row: cut_middle(example, max_length=max_length, positions=positions, text=text) for example in long
+    }
+    hopeless = [example for example in long if shortened[example.row] is None]
+    if on_overflow == "error" or (on_overflow == "truncate_prompt" and hopeless):
+        raise _too_long(
+            long if on_overflow == "error" else hopeless,
+            hopeless,
+            read=len(examples),
+            max_length=max_length,
+            positions=positions,
+            name=name,
+        )
+    rows = [example.row for example in long]
+    if on_overflow == "drop":
+        kept = [example for example in examples if example.row not in shortened]
+        if not kept:
+            raise DataError(f"{name}: every row is longer than data.max_length {max_length}; none is left to use")
+        return kept, rows, []
+    return [shortened.get(example.row) or example for example in examples], [], rows
+
+
+def cut_middle(example: Example, *, max_length: int, positions: Positions, text: TextTokenizer) -> Example | None:
+    """The example with tokens taken out of the middle of its prompt; None if edited tokens or the answer would go.
+
+    The first tokens (special ones and `positions.first`) and the last `positions.last` stay; what else fits is divided
+    evenly between the two ends.
+    """
+    budget = max_length - (len(example.input_ids) - example.prompt_length)
+    first, last = max(positions.first, len(text.prefix)), positions.last
+    if budget < max(first + last, 1):
+        return None
+    head = min(max(first, budget - budget // 2), budget - last)
+    skipped = slice(head, example.prompt_length - (budget - head))
+    ids, types = list(example.input_ids), example.token_types
+    del ids[skipped]
+    if types is not None:
+        types = list(types)
+        del types[skipped]
+    return replace(example, input_ids=ids, prompt_length=budget, token_types=types)
+
+
+def fingerprint(
+    rows: Rows,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    data_format: Format,
+    settings: Mapping[str, Any],
+) -> str:
+    """SHA-256 of everything that examples depend on; `settings` are the other arguments of `encode_examples`."""
+    parts = {
+        "version": 1,
+        "rows": rows.fingerprint,
+        "tokenizer": TextTokenizer(tokenizer).fingerprint,
+        "template": template.to_dict(),
+        "format": data_format.to_dict(),
+        "settings": dict(settings),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def notice(rows: Sequence[int]) -> Notice:
+    """Count and first of row numbers."""
+    return Notice(len(rows), rows[0] if rows else None)
+
+
+def _answers(
+    rows: Rows, fields: Sequence[Mapping[str, Any]], *, text: TextTokenizer, template: Template, append_eos: bool
+) -> tuple[list[Example], list[int], list[int]]:
+    """(examples, rows with a token across the boundary, rows whose prompt alone has other tokens)."""
+    places = _places(rows)
+    prompts = [template.render_prompt(each, where=where) for each, where in zip(fields, places, strict=True)]
+    answers = [template.render_completion(each, where=where) for each, where in zip(fields, places, strict=True)]
+    prefix = text.prefix if template.special_tokens else []
+    end = text.eos_token_id if append_eos else None
+    examples, spanning, differing = [], [], []
+    for start in range(0, len(prompts), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        cuts = text.cut(prompts[chunk], answers[chunk])
+        for cut, prompt, answer, row in zip(cuts, prompts[chunk], answers[chunk], rows.numbers[chunk], strict=True):
+            ids = prefix + cut.ids
+            ended = end in cut.ids[cut.boundary :] if not template.special_tokens else cut.ids[-1:] == [end]
+            if end is not None and not ended:
+                ids.append(end)
+            examples.append(Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row))
+            if cut.spans:
+                spanning.append(row)
+            if cut.differs:
+                differing.append(row)
+    return examples, spanning, differing
+
+
+def _prompts(
+    fields: Sequence[Mapping[str, Any]],
+    numbers: Sequence[int],
+    *,
+    text: TextTokenizer,
+    template: Template,
+    whole: bool,
+    places: Sequence[str],
+) -> list[Example]:
+    """Examples that are all prompt; `whole`: with every special token, as classifiers read them."""
+    prompts = [template.render_prompt(each, where=where) for each, where in zip(fields, places, strict=True)]
+    types: Sequence[list[int] | None] | None = None
+    if whole and template.special_tokens:
+        pairs = [template.render_pair(each, where=where) for each, where in zip(fields, places, strict=True)]
+        second = [pair for pair in pairs if pair is not None]
+        ids, types = text.whole(prompts, second or None)
+    else:
+        prefix = text.prefix if template.special_tokens else []
+        ids = [prefix + each for each in text.ids(prompts)]
+    return [
+        Example(each, len(each), None, prompt, "", row, kind)
+        for each, prompt, row, kind in zip(ids, prompts, numbers, types or [None] * len(ids), strict=True)
+    ]
+
+
+def _labels(
+    rows: Rows, fields: Sequence[Mapping[str, Any]], *, kind: TaskKind, classes: Sequence[str] | None, given: bool
+) -> tuple[Sequence[int | float], tuple[str, ...] | None]:
+    """(labels, names of the classes or None for a regression)."""
+    places = _places(rows)
+    for each, where in zip(fields, places, strict=True):
+        if "label" not in each:
+            raise DataError(f"{where}: no column `label`, which task.kind {kind} needs; there are {', '.join(each)}")
+    values = [each["label"] for each in fields]
+    if kind == "regression":
+        return [number(value, where=where) for value, where in zip(values, places, strict=True)], None
+    known = tuple(classes) if classes is not None else find_classes(values, places=places, name=rows.name)
+    return [
+        class_number(value, known, where=where, given=given) for value, where in zip(values, places, strict=True)
+    ], known
+
+
+def _places(rows: Rows) -> list[str]:
+    return [rows.where(index) for index in range(len(rows))]
+
+
+def _refuse_empty(examples: Sequence[Example], *, name: str, eos: int | None) -> None:
+    """DataError if rows have nothing to learn but the end of the sequence."""
+    empty = [
+        example.row
+        for example in examples
+        if example.learned < 1 or (eos is not None and example.input_ids[example.prompt_length :] == [eos])
+    ]
+    if empty:
+        rows = "1 row has" if len(empty) == 1 else f"{len(empty):,} rows have"
+        raise DataError(
+            f"{name}: {rows} no token to learn from (answer empty, first: row {empty[0]}). "
+            + ("Training on them gives loss 0 or NaN." if eos is None else "Training on them teaches to say nothing.")
+        )
+
+
+def _too_long(
+    long: Sequence[Example],
+    hopeless: Sequence[Example],
+    *,
+    read: int,
+    max_length: int,
+    positions: Positions,
+    name: str,
+) -> DataError:
+    worst = max(long, key=lambda example: len(example.input_ids))
+    size = len(worst.input_ids)
+    are = "1 of {:,} rows is" if len(long) == 1 else f"{len(long):,} of {{:,}} rows are"
+    message = (
+        f"{are.format(read)} longer than data.max_length {max_length} "
+        f"(longest: row {worst.row}, {size:,} tokens). Nothing was dropped."
+    )
+    if hopeless:
+        first = hopeless[0]
+        answer = len(first.input_ids) - first.prompt_length
+        remedy = (
+            f"or data.on_overflow: drop (truncate_prompt does not help: row {first.row} has an answer of "
+            f"{answer:,} tokens, which leaves too few for the edited tokens of its prompt)."
+        )
+    else:
+        stay = f"{positions} tokens stay" if positions.shortest_whole_prompt else "both ends stay"
+        remedy = f"or data.on_overflow: drop, or truncate_prompt (cuts the middle of the prompt; {stay})."
+    return DataError(Problem(message, file=name, hint=f"Set data.max_length: {size}, {remedy}"))
