@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 GENERATED = "bundled:"
@@ -13,21 +13,21 @@ def render(
     name: str,
     record: Mapping[str, Any],
     spec: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
+    validation: tuple[int, Mapping[str, float]] | None,
     evaluations: Mapping[str, Mapping[str, Any]],
     spec_text: str,
 ) -> str:
     """Markdown with a front matter that the hub reads.
 
-    `record` is run.json, `spec` the spec with every key filled, `metrics` the lines of metrics.jsonl, `evaluations` the
-    results in eval/ by name. What is missing is left out.
+    `record` is run.json, `spec` the spec with every key filled, `validation` the (step, scores) of the
+    best checkpoint, `evaluations` the results in eval/ by name. What is missing is left out.
     """
     base = _base(spec, record)
     parts = [
         _front_matter(base),
         f"# {name}",
         _summary(base, spec, record),
-        _scores(metrics, evaluations),
+        _scores(validation, evaluations),
         f"## Use\n\n```sh\nreft infer {name} --prompt '...'\nreft eval {name}\n```",
         "The base model's weights are not part of this folder.",
         "## Spec",
@@ -75,20 +75,15 @@ def _count(trained: int | None, total: int | None) -> str | None:
     return f"{trained:,}" + (f" ({trained / total:.3%} of {total:,})" if total else "")
 
 
-def _scores(metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    prefix = "validation_"
-    validated = [line for line in metrics if any(key.startswith(prefix) for key in line)]
-    rows = [
-        (f"validation, step {validated[-1].get('step')}", key.removeprefix(prefix), value)
-        for key, value in (validated[-1].items() if validated else ())
-        if key.startswith(prefix)
-    ]
+def _scores(validation: tuple[int, Mapping[str, float]] | None, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    step, scores = validation or (0, {})
+    rows: list[tuple[str, str, float]] = [(f"validation, step {step}", key, value) for key, value in scores.items()]
     for name, report in evaluations.items():
-        scores = report.get("metrics", {})
-        rows += [(name, key, value) for key, value in scores.items() if isinstance(value, int | float)]
+        found = report.get("metrics", {}).items()
+        rows += [(name, key, value) for key, value in found if isinstance(value, int | float)]
     if not rows:
         return ""
-    lines = [f"| {where} | {key} | {value:.4g} |" for where, key, value in rows if value is not None]
+    lines = [f"| {where} | {key} | {value:.4g} |" for where, key, value in rows]
     return "## Scores\n\n| split | metric | value |\n|---|---|---|\n" + "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ Link = Literal["best", "last"]
 Status = Literal["running", "done", "failed", "interrupted"]
 FORMAT = 1  # of run.json; raised when old readers would misread
 CHECKPOINT_MARK = "reft.json"  # a folder with this file is a checkpoint
+VALIDATION = "validation_"  # what the keys of validation scores begin with in metrics.jsonl
 STEP_NAME = re.compile(r"step_(\d{6,})")
 _locks: dict[Path, int] = {}  # descriptors of the folders that this process writes
 
@@ -279,13 +280,25 @@ class RunFolder:
         files = sorted((self.path / "eval").glob("*.json"))
         return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
+    def scores(self) -> tuple[int, dict[str, float]] | None:
+        """(step, validation scores) of the checkpoint that `select()` takes; None if it was not validated."""
+        there = self.linked("best") or self.linked("last") or next(iter(self.checkpoints()[::-1]), None)
+        lines = [line for line in self.read_metrics() if there and line.get("step") == step_of(there)]
+        found = {
+            key.removeprefix(VALIDATION): value
+            for line in lines
+            for key, value in line.items()
+            if key.startswith(VALIDATION) and isinstance(value, int | float)
+        }
+        return (step_of(there), found) if there and found else None
+
     def write_card(self) -> None:
         """Write README.md from what the folder holds."""
         card = modelcard.render(
             name=self.path.name if self.path.is_absolute() else str(self.path),
             record=self.read(),
             spec=yaml.safe_load(self.resolved.read_text(encoding="utf-8")),
-            metrics=self.read_metrics(),
+            validation=self.scores(),
             evaluations=self.evaluations(),
             spec_text=self.spec.read_text(encoding="utf-8"),
         )

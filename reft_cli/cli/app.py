@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -19,13 +20,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from reft_cli import __version__
-from reft_cli.cli import console, options
+from reft_cli.cli import console, doctor, init, options, runs, schema
 from reft_cli.environment import versions, without_secrets
 from reft_cli.errors import ReftError
 
 # Typer exports only this one of the errors it makes itself; its grandparent is the class of them all.
 TyperError: Any = typer.BadParameter.__mro__[2]
 BROKEN_PIPE = 128 + 13
+MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE}
 
 app = typer.Typer(
     name="reft",
@@ -36,6 +38,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(init.init)
+app.command()(schema.schema)
+app.add_typer(runs.app)
+app.command()(doctor.doctor)
 
 
 def _version(given: bool) -> None:
@@ -77,6 +83,8 @@ def _run(words: list[str]) -> int:
         return _nobody_reads()
     except SystemExit as end:
         return _nobody_reads() if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
+    except OSError as error:
+        return _machine_fault(error) if error.errno in MACHINE_FAULTS else _bug(error, words)
     except Exception as error:
         return _bug(error, words)
     return _interrupted() if code == 130 else code or 0
@@ -99,6 +107,11 @@ def _nobody_reads() -> int:
     """Keep Python from complaining about stdout while it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return BROKEN_PIPE
+
+
+def _machine_fault(error: OSError) -> int:
+    """A full disk and the like: neither the user's doing nor a fault of ours."""
+    return console.fail(ReftError(f"{error.filename or 'reft'}: {(error.strerror or str(error)).lower()}"))
 
 
 def _bug(error: Exception, words: list[str]) -> int:

@@ -115,7 +115,7 @@ def result_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, ri
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), show_header=any(headers))
     for header in headers:
         table.add_column(Text(header), justify="right" if header in right else "left", overflow="fold")
     for row in rows:
@@ -151,7 +151,10 @@ def fail(error: ReftError) -> int:
         found = {"code": code, "kind": error.kind, **first}
         fail_json(found | ({"problems": [first, *others]} if others else {}))
     else:
-        complain(str(error))
+        for problem in error.problems:
+            complain(str(problem))
+            if problem.hint and problem.hint not in problem.message:
+                complain(f"  {problem.hint}")
     return code
 
 

@@ -1,0 +1,148 @@
+"""`reft init`: a commented spec that trains as it stands, with a JSON Schema beside it for the editor.
+
+The comments are the schema's own descriptions, so they cannot drift from what the loader accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reft_cli.cli import console
+from reft_cli.errors import SpecError
+
+SCHEMA_FILE = "reft.schema.json"
+WIDTH = 110
+BUNDLED = "bundled:reviews"
+SPLITS = ("train", "validation", "test")
+
+
+class Task(StrEnum):
+    """Kinds of task that there is a starting spec for."""
+
+    causal_lm = "causal_lm"
+    classification = "classification"
+    regression = "regression"
+
+
+def init(
+    task: Annotated[Task, typer.Argument(help="Kind of task.", metavar="TASK")] = Task.causal_lm,
+    model: Annotated[
+        str, typer.Option("--model", help="Hub id, local folder, or bundled:NAME.")
+    ] = "bundled:tiny-llama",
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("spec.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are in the way.")] = False,
+) -> None:
+    """Write a commented spec that trains as it stands."""
+    files = {output: spec_text(task, model=model, path=output), output.parent / SCHEMA_FILE: _schema_text()}
+    if task is Task.regression:
+        files |= {output.parent / name: text for name, text in _numbered_reviews().items()}
+    present = [path for path, text in files.items() if path.exists() and not _holds(path, text)]
+    if present and not force:
+        raise SpecError(f"{present[0]} exists; replace it with --force, or write another file with -o")
+    for path, text in files.items():
+        _write(path, text)
+    console.result(str(output))
+    console.say(f"next: reft check {output}, then reft train {output}")
+
+
+def spec_text(task: Task, *, model: str, path: Path) -> str:
+    """The spec of a kind of task, with the schema's description above every key."""
+    from reft_cli.spec import json_schema
+
+    opening = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        f"# reft check {path}    what it would do",
+        f"# reft train {path}    do it",
+    ]
+    schema = json_schema()
+    return "\n".join([*opening, *_section(_values(task, model), schema, schema, depth=0)]) + "\n"
+
+
+def _values(task: Task, model: str) -> dict[str, Any]:
+    """The keys that a first spec sets; everything else is left to the defaults."""
+    data: dict[str, Any] = {split: f"{BUNDLED}/{split}" for split in SPLITS}
+    if task is Task.causal_lm:
+        data["template"] = {"prompt": "Review: {text}\nOpinion:", "completion": " {label}"}
+    elif task is Task.regression:
+        data = {split: f"reviews-{split}.jsonl" for split in SPLITS}
+    return {
+        "model": model,
+        "intervention": {"method": "loreft", "layers": "all", "positions": "f3+l3", "rank": 4},
+        "task": {"kind": task.value},
+        "data": data,
+        "train": {"epochs": 3, "learning_rate": 0.002, "global_batch_size": 32},
+    }
+
+
+def _section(
+    values: Mapping[str, Any], schema: Mapping[str, Any], whole: Mapping[str, Any], *, depth: int
+) -> Iterator[str]:
+    """Lines of YAML for one mapping."""
+    from reft_cli.spec.quoting import yaml_inline
+
+    indent = "  " * depth
+    for key, value in values.items():
+        facts = _resolve(schema["properties"][key], whole)
+        if depth == 0:
+            yield ""
+        yield from textwrap.wrap(_comment(facts), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(value, Mapping) and "properties" in facts:
+            yield f"{indent}{key}:"
+            yield from _section(value, facts, whole, depth=depth + 1)
+        else:
+            yield f"{indent}{key}: {yaml_inline(value)}"
+
+
+def _resolve(facts: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """A property with what it refers to; of several types, the mapping's keys and everyone's choices."""
+    found = dict(facts)
+    for part in (facts, *facts.get("anyOf", ()), *facts.get("allOf", ())):
+        if "$ref" in part:
+            found = whole["$defs"][part["$ref"].rpartition("/")[2]] | found
+        elif "enum" in part:
+            found.setdefault("enum", part["enum"])
+    return found
+
+
+def _comment(facts: Mapping[str, Any]) -> str:
+    description = " ".join(str(facts.get("description", "")).split())
+    choices = [str(choice) for choice in facts.get("enum", ()) if choice is not None]
+    named = all(choice in description for choice in choices)
+    return description if named else f"{description} One of {', '.join(choices)}."
+
+
+def _schema_text() -> str:
+    from reft_cli.spec import json_schema
+
+    return json.dumps(json_schema(), indent=2) + "\n"
+
+
+def _numbered_reviews() -> dict[str, str]:
+    """The bundled reviews with a number for a label, as a regression needs it: file name -> JSON lines."""
+    from reft_cli.bundled import locate
+
+    files = {}
+    for split in SPLITS:
+        lines = locate(f"{BUNDLED}/{split}", kind="data").read_text(encoding="utf-8").splitlines()
+        rows = [{"text": row["text"], "label": float(row["label"] == "positive")} for row in map(json.loads, lines)]
+        files[f"reviews-{split}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return files
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
