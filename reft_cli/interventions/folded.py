@@ -27,8 +27,9 @@ class FoldedLowRank:
     @staticmethod
     def rows(h: Tensor, *site: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d], from one site's down [r, d], bias [r] and up [r, d]."""
-        down, bias, up = site
-        return functional.linear(h.to(torch.promote_types(h.dtype, down.dtype)), down, bias) @ up
+        wide = torch.promote_types(h.dtype, site[0].dtype)
+        down, bias, up = (tensor.to(wide) for tensor in site)
+        return functional.linear(h.to(wide), down, bias) @ up
 
     def delta(self, site: int, h: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d] at a site."""
