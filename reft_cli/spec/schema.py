@@ -5,6 +5,10 @@ Nothing here knows files, YAML or tensors. A default stands in this file and now
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -12,20 +16,53 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 
+
+class Conflict(ValueError):
+    """Values that exclude each other. `keys` are theirs, seen from the section; the first is to change."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a pattern lets through, for error messages."""
+
+    text: str
+
+
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, Field(min_length=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"), Words("auto, cpu, mps, cuda or cuda:N")]
+RunName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+    Words("a name of letters, digits and . _ - that starts with a letter or digit"),
+]
 Method = Literal["loreft", "noreft", "direft", "direft_orthogonal", "consreft", "lobireft", "red"]
 Metric = Literal[
     "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "numeric_match", "loss", "perplexity"
 ]
-NEEDS_NUMBERS = {"pearson", "spearman", "numeric_match"}
+COMPONENTS = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
+DEFAULT_METRIC: dict[str, Metric] = {
+    "causal_lm": "exact_match",
+    "classification": "accuracy",
+    "regression": "pearson",
+}
+FITTING_METRICS: dict[str, tuple[str, ...]] = {  # causal_lm: all
+    "classification": ("accuracy", "f1", "matthews", "exact_match", "loss"),
+    "regression": ("pearson", "spearman", "loss"),
+}
 
 
 class Section(BaseModel):
-    """A strict, immutable mapping of the spec."""
+    """A strict, immutable mapping of the spec: no key is ignored, and no value is turned into another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSpec(Section):
@@ -38,10 +75,12 @@ class ModelSpec(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights and activations; auto: bfloat16 on a GPU that has it, float32 on a CPU.
     Interventions are always float32."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: Device = "auto"
     """auto, cpu, mps, cuda or cuda:N."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation of transformers."""
+    dropout: bool = False
+    """Keep the base's own dropout while training, as pyreft's GLUE runs do."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository brings. Only for repositories you have read."""
 
@@ -76,29 +115,53 @@ class InterventionSpec(Section):
             return given
         if given.get("method") == "red":
             return {"component": "mlp_output", "positions": "all"} | given
-        return {"rank": 4} | given
+        return given if given.get("rank") is not None else given | {"rank": 4}
 
     @field_validator("positions")
     @classmethod
     def _positions(cls, text: str) -> str:
         return str(Positions.parse(text))
 
+    @field_validator("layers", mode="before", json_schema_input_type=Literal["all"] | list[int] | int | str)
+    @classmethod
+    def _one_layer(cls, given: Any) -> Any:  # noqa: ANN401  pydantic hands over what the file held
+        return [given] if type(given) is int else given
+
     @field_validator("layers")
     @classmethod
     def _layers(cls, layers: str | list[int]) -> str | list[int]:
+        numbers = re.findall(r"\d+", layers) if isinstance(layers, str) else list(map(str, layers))
+        longest = max(numbers, key=len, default="")
+        if len(longest) > 4:
+            raise ValueError(f"no model has a layer {longest[:12]}{'…' if len(longest) > 12 else ''}")
         parse_layers(layers)
         return layers
+
+    @field_validator("component")
+    @classmethod
+    def _component(cls, name: str) -> str:
+        if name not in COMPONENTS and not re.fullmatch(r"[\w.]+\.(input|output)", name):
+            near = get_close_matches(name, COMPONENTS, 1, 0.6)
+            raise ValueError(
+                f"`{name}` is not {', '.join(COMPONENTS)}, or the path of a module with .input or .output"
+                + (f"; did you mean `{near[0]}`?" if near else "")
+            )
+        return name
 
     @model_validator(mode="after")
     def _method_fits(self) -> InterventionSpec:
         if self.method == "red" and self.rank is not None:
-            raise ValueError(
+            raise Conflict(
                 "rank has no meaning for RED (it scales and shifts the whole hidden vector); "
-                "remove it or use method: loreft"
+                "remove it or use method: loreft",
+                "rank",
+                "method",
             )
         if self.method == "consreft" and self.init == "identity":
-            raise ValueError(
-                "init: identity does not exist for consreft (it sets the subspace to a constant); use init: paper"
+            raise Conflict(
+                "init: identity does not exist for consreft (it sets the subspace to a constant); use init: paper",
+                "init",
+                "method",
             )
         return self
 
@@ -115,23 +178,27 @@ class TaskSpec(Section):
 
     @model_validator(mode="after")
     def _metric_fits(self) -> TaskSpec:
-        default = {"causal_lm": "exact_match", "classification": "accuracy", "regression": "pearson"}
         if self.metric is None:
-            object.__setattr__(self, "metric", default[self.kind])
-        numeric = self.metric in {"pearson", "spearman"}
-        if (
-            self.kind == "classification"
-            and (self.metric in NEEDS_NUMBERS or self.metric == "perplexity")
-            or (self.kind == "regression" and not (numeric or self.metric == "loss"))
-        ):
-            fits = {
-                "classification": "accuracy, f1, matthews or loss",
-                "regression": "pearson, spearman or loss",
-            }[self.kind]
-            raise ValueError(f"metric {self.metric} does not fit kind {self.kind}; write {fits}")
+            object.__setattr__(self, "metric", DEFAULT_METRIC[self.kind])
+        _check_metric(self.metric, self.kind, "metric", "kind")
         if self.labels and self.kind == "regression":
-            raise ValueError("labels have no meaning for regression; remove them")
+            raise Conflict("labels have no meaning for regression; remove them", "labels", "kind")
         return self
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
+        twice = sorted({label for label in labels or () if (labels or []).count(label) > 1})
+        if twice:
+            raise ValueError(f"the label `{twice[0]}` is given twice")
+        return labels
+
+
+def _check_metric(metric: str | None, kind: str, *keys: str) -> None:
+    fitting = FITTING_METRICS.get(kind)
+    if metric is not None and fitting is not None and metric not in fitting:
+        shown = ", ".join(name for name in fitting[:-1] if name != "exact_match")
+        raise Conflict(f"{metric} does not fit task.kind {kind}; write {shown} or {fitting[-1]}", *keys)
 
 
 class SourceSpec(Section):
@@ -157,6 +224,17 @@ class TemplateSpec(Section):
     completion: str | None = None
     """Text that is learned; `{completion}` of the format if not given."""
 
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _braces(cls, text: str | None) -> str | None:
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(text or "") if name is not None]
+        except ValueError:
+            raise ValueError("a brace has no partner; write {{ or }} for a brace that is meant as text") from None
+        if not all(names):
+            raise ValueError("`{}` names no column; write {{}} for braces that are meant as text")
+        return text
+
 
 class DataSpec(Section):
     """Where rows come from and how they become tokens."""
@@ -172,7 +250,7 @@ class DataSpec(Section):
     text: text, label. pair: text, text_pair, label."""
     columns: dict[str, Column] = {}
     """Column names, as {name of the format: name in the file}."""
-    template: str | TemplateSpec | None = None
+    template: Literal["alpaca", "plain", "chat"] | TemplateSpec | None = None
     """alpaca, plain, chat (the tokenizer's own), or {prompt: …, completion: …}."""
     append_eos: bool = True
     """End the answer with the end-of-sequence token, so that generation stops."""
@@ -180,6 +258,18 @@ class DataSpec(Section):
     """Tokens in a row, prompt and answer together."""
     on_overflow: Literal["error", "drop", "truncate_prompt"] = "error"
     """Rows longer than max_length: stop, leave out, or cut the middle of the prompt (edited tokens stay)."""
+
+    @model_validator(mode="after")
+    def _paths(self) -> DataSpec:
+        if isinstance(self.train, SourceSpec) and self.train.path is None:
+            raise Conflict("missing; it says where the training rows are", "train.path")
+        if self.train is None:
+            if isinstance(self.validation, float):
+                raise Conflict("a fraction of the training rows, and data.train is not given", "validation", "train")
+            for key, source in (("validation", self.validation), ("test", self.test)):
+                if isinstance(source, SourceSpec) and source.path is None:
+                    raise Conflict("missing, and there is no data.train to fall back on", f"{key}.path", "train")
+        return self
 
 
 class TrainSpec(Section):
@@ -207,7 +297,7 @@ class TrainSpec(Section):
     """padded: one row a sequence; packed: sequences end to end in one row."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
-    seed: Annotated[int, Field(ge=0, strict=True)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 42
     """Initial weights, order of the rows, dropout."""
     deterministic: bool = False
     """Only algorithms that give the same bits again; slower on GPUs."""
@@ -215,6 +305,16 @@ class TrainSpec(Section):
     """Steps between two lines of metrics."""
     diverge_factor: Annotated[float, Field(gt=1)] = 10.0
     """Stop when the loss is this many times the mean of the last hundred steps."""
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainSpec:
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.global_batch_size:
+            raise Conflict(
+                f"{self.micro_batch_size} rows at a time are more than global_batch_size {self.global_batch_size}",
+                "micro_batch_size",
+                "global_batch_size",
+            )
+        return self
 
 
 class EvaluationSpec(Section):
@@ -250,6 +350,16 @@ class GenerationSpec(Section):
     batch_size: PositiveInt = 32
     """Prompts decoded together."""
 
+    @model_validator(mode="after")
+    def _lengths(self) -> GenerationSpec:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise Conflict(
+                f"{self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}",
+                "min_new_tokens",
+                "max_new_tokens",
+            )
+        return self
+
 
 class CheckpointSpec(Section):
     """What is kept of a run."""
@@ -267,13 +377,13 @@ class CheckpointSpec(Section):
 class Spec(Section):
     """One file for every command."""
 
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], Words("1, the only version there is")] = 1
     """Version of this schema."""
     extends: list[str] = []
     """Specs that are read first; this file's keys win. Paths count from this file."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: RunName | None = None
     """Name of the run; the file's name if not given."""
-    model: ModelSpec
+    model: Annotated[ModelSpec, Words("text or a mapping with a `name`")]
     """The frozen base model: a hub id, a folder, `bundled:NAME`, or a mapping."""
     intervention: InterventionSpec = InterventionSpec()
     """What is learned, and where."""
@@ -291,10 +401,39 @@ class Spec(Section):
     """What is kept of a run."""
     log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Trackers that get the metrics besides metrics.jsonl."""
-    output: str = "runs/{name}"
-    """The run folder."""
+    output: str = Field(default="runs/{name}", min_length=1)
+    """The run folder; {name} is the name of the run."""
 
-    @field_validator("model", mode="before")
+    @field_validator("version", mode="before")
+    @classmethod
+    def _whole_version(cls, given: Any) -> Any:  # noqa: ANN401  pydantic takes true and 1.0 for 1
+        return given if type(given) is int else str(given)
+
+    @field_validator("model", mode="before", json_schema_input_type=str | ModelSpec)
     @classmethod
     def _model_by_name(cls, given: Any) -> Any:  # noqa: ANN401  pydantic hands over what the file held
         return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("output")
+    @classmethod
+    def _only_the_name(cls, text: str) -> str:
+        if re.search(r"[{}]", text.replace("{name}", "")):
+            raise ValueError("braces can hold nothing but {name}")
+        return text
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Spec:
+        best, patience = self.checkpoint.best, self.checkpoint.patience
+        _check_metric(best, self.task.kind, "checkpoint.best", "task.kind")
+        for key, value in (("checkpoint.best", best), ("checkpoint.patience", patience)):
+            if value is not None and self.data.validation is None:
+                raise Conflict("there are no validation rows to go by; give data.validation", key, "data.validation")
+            if value is not None and self.evaluation.every == "never":
+                raise Conflict("there is no validation while evaluation.every is never", key, "evaluation.every")
+        if self.intervention.positions == "generated" and self.task.kind != "causal_lm":
+            raise Conflict(
+                f"nothing is generated with task.kind {self.task.kind}; write f7+l7, prompt or all",
+                "intervention.positions",
+                "task.kind",
+            )
+        return self

@@ -1,0 +1,78 @@
+"""A loaded spec: every key filled, and where each value came from; as YAML that loads again to the same spec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from reft_cli.spec.environment import escape
+from reft_cli.spec.quoting import KeyPath, printable, yaml_inline
+from reft_cli.spec.schema import Spec
+from reft_cli.spec.yaml_tree import Origin
+
+INDENT = "  "
+
+
+@dataclass(frozen=True)
+class LoadedSpec:
+    """A spec and where it came from.
+
+    `text` is the file as it was written. `origins` has the place of every key and list item that was given; what is
+    not in it is a default. The spec's `extends` is empty: what it named is merged.
+    """
+
+    spec: Spec
+    path: Path
+    text: str
+    origins: Mapping[KeyPath, Origin]
+
+
+def resolved_yaml(loaded: LoadedSpec) -> str:
+    """YAML of every key, one a line, with a comment: `train.yaml:4`, `--set train.seed=3` or `default`."""
+    rows = list(_rows(loaded, loaded.spec, ()))
+    width = min(max(len(left) for left, _ in rows), 60)
+    return "".join(f"{left:<{width}}  # {origin}\n" if origin else f"{left}\n" for left, origin in rows)
+
+
+def _rows(loaded: LoadedSpec, section: BaseModel, path: KeyPath) -> Iterator[tuple[str, str]]:
+    """(line, comment) of every key; the line that opens a section has no comment."""
+    for name in type(section).model_fields:
+        value, here = getattr(section, name), (*path, name)
+        margin = INDENT * len(path) + name + ":"
+        if isinstance(value, BaseModel):
+            yield margin, ""
+            yield from _rows(loaded, value, here)
+        else:
+            yield f"{margin} {yaml_inline(_escaped(value))}", _comment(loaded, here)
+
+
+def _escaped(value: Any) -> Any:  # noqa: ANN401  a scalar, list or mapping of scalars
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value
+
+
+def _comment(loaded: LoadedSpec, path: KeyPath) -> str:
+    """The place of a key; where a list or mapping was put together, the first place in each file or flag."""
+    if path == ("extends",):
+        files = {origin.file for origin in loaded.origins.values() if origin.file}
+        return "merged" if files - {str(loaded.path)} else "default"
+    places: dict[str | None, str] = {}
+    for key, origin in loaded.origins.items():
+        if key[: len(path)] == path:
+            places.setdefault(origin.flag or origin.file, _name(origin, loaded))
+    return ", ".join(places.values()) or "default"
+
+
+def _name(origin: Origin, loaded: LoadedSpec) -> str:
+    if origin.file is None:
+        return origin.flag or ""
+    file = os.path.relpath(origin.file, loaded.path.parent)
+    return printable(f"{file}:{origin.line}", limit=200)
