@@ -69,7 +69,7 @@ def _values(task: Task, model: str) -> dict[str, Any]:
     """The keys that a first spec sets; everything else is left to the defaults."""
     data: dict[str, Any] = {split: f"{BUNDLED}/{split}" for split in SPLITS}
     if task is Task.causal_lm:
-        data["template"] = {"prompt": "Review: {text}\nOpinion:", "completion": " {label}"}
+        data["template"] = {"prompt": "Review: {text}\nSentiment:", "completion": " {label}"}
     elif task is Task.regression:
         data = {split: f"reviews-{split}.jsonl" for split in SPLITS}
     return {
@@ -77,8 +77,8 @@ def _values(task: Task, model: str) -> dict[str, Any]:
         "intervention": {"method": "loreft", "layers": "all", "positions": "f3+l3", "rank": 4},
         "task": {"kind": task.value},
         "data": data,
-        "train": {"epochs": 3, "learning_rate": 0.002, "global_batch_size": 32},
-    }
+        "train": {"epochs": 3, "learning_rate": 0.005, "global_batch_size": 32},
+    } | ({"generation": {"max_new_tokens": 4}} if task is Task.causal_lm else {})
 
 
 def _section(

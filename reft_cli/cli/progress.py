@@ -23,8 +23,8 @@ class PlainProgress:
     """One line an event: `step 40/1200 loss 1.312 lr 9.0e-04 12.4k tok/s eta 6m`."""
 
     def __init__(self) -> None:
-        self._what = ""
-        self._began = self._said = 0.0
+        self.unit = "step"
+        self._began = self._said = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -34,25 +34,31 @@ class PlainProgress:
 
     def on_start(self, steps: int, start_step: int, summary: Mapping[str, object]) -> None:
         """Say what begins."""
-        _remember_run(summary)
+        self.unit = str(summary.get("unit", "step"))
+        self._began = self._said = time.monotonic()
+        if "run" in summary:
+            console.settings.run = Path(str(summary["run"]))
         console.say(_opening(steps, start_step, summary))
 
     def on_step(self, record: StepRecord) -> None:
         """Print the step's line."""
         console.say(step_line(record))
 
-    def on_progress(self, what: str, done: int, total: int) -> None:
+    def on_progress(self, done: int, total: int) -> None:
         """Print a line now and then; none for work that is over before the first would be due."""
         now = time.monotonic()
-        if what != self._what or done == 0:
-            self._what, self._began, self._said = what, now, now
         if now - self._said >= LINE_EVERY and done:
             self._said = now
-            console.say(f"{what} {done:,}/{total:,} eta {duration((now - self._began) / done * (total - done))}")
+            console.say(f"{self.unit} {done:,}/{total:,} eta {duration(self.eta(done, total))}")
+
+    def eta(self, done: int, total: int) -> float:
+        """Seconds left, if the rest goes as what was done since on_start."""
+        return (time.monotonic() - self._began) / max(done, 1) * (total - done)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """Print the scores."""
-        console.say(evaluation_line(record))
+        if record.metrics:
+            console.say(evaluation_line(record))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         """Print the path with -v."""
@@ -77,15 +83,11 @@ class LiveProgress(PlainProgress):
         from rich.text import Text
 
         stderr = console.rich_console(sys.stderr)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[eta]}"),
-        )
-        self._bars = Progress(*columns, console=stderr, expand=True)
+        eta = TextColumn("{task.fields[eta]}")
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), eta)
+        self._bar = Progress(*columns, console=stderr, expand=True)
+        self._task: TaskID | None = None
         self._status, self._scores = Text(style="dim"), Text(style="dim")
-        self._tasks: dict[str, TaskID] = {}
         self._live = Live(
             console=stderr,
             get_renderable=self._render,
@@ -105,33 +107,29 @@ class LiveProgress(PlainProgress):
         from rich.console import Group
 
         lines = [text for text in (self._status, self._scores) if text.plain]
-        return Group(*([self._bars] if self._tasks else []), *lines)
+        return Group(*([self._bar] if self._task is not None else []), *lines)
 
-    def _advance(self, what: str, done: int, total: int, eta: float) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, eta="")
-        self._bars.update(self._tasks[what], completed=done, total=total, eta=f"eta {duration(eta)}")
+    def _advance(self, done: int, total: int, eta: float) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(self.unit, total=total, eta="")
+        self._bar.update(self._task, completed=done, total=total, eta=f"eta {duration(eta)}")
 
     def on_start(self, steps: int, start_step: int, summary: Mapping[str, object]) -> None:
         """Say what begins, above an empty bar."""
         super().on_start(steps, start_step, summary)
-        self._tasks["step"] = self._bars.add_task("step", total=steps, completed=start_step, eta="")
+        self._task = self._bar.add_task(self.unit, total=steps, completed=start_step, eta="")
 
     def on_step(self, record: StepRecord) -> None:
         """Move the bar."""
-        self._advance("step", record.step, record.steps, record.eta_seconds)
+        self._advance(record.step, record.steps, record.eta_seconds)
         self._status.plain = "  ".join(_facts(record))
 
-    def on_progress(self, what: str, done: int, total: int) -> None:
-        """Move the bar of `what`, which goes away when it is full."""
-        if what != self._what or done == 0:
-            self._what, self._began = what, time.monotonic()
-        self._advance(what, done, total, (time.monotonic() - self._began) / max(done, 1) * (total - done))
-        if done >= total:
-            self._bars.remove_task(self._tasks.pop(what))
+    def on_progress(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._advance(done, total, self.eta(done, total))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Keep the scores of the last validation in sight."""
+        """Print the scores, and keep them in sight."""
         self._scores.plain = evaluation_line(record)
         super().on_evaluation(record)
 
@@ -141,14 +139,12 @@ def progress() -> PlainProgress:
     return LiveProgress() if console.is_live() else PlainProgress()
 
 
-def _remember_run(summary: Mapping[str, object]) -> None:
-    if "run" in summary:
-        console.settings.run = Path(str(summary["run"]))
-
-
 def _opening(steps: int, start_step: int, summary: Mapping[str, object]) -> str:
-    what = f"training to step {steps:,}" + (f" from step {start_step:,}" if start_step else "")
-    return ", ".join([what, *(f"{key.replace('_', ' ')} {value}" for key, value in summary.items())])
+    """`training: 1,200 steps, from step 40`; other facts of the summary follow."""
+    unit = str(summary.get("unit", "step"))
+    parts = [f"{steps:,} {unit}{'' if steps == 1 else 's'}"] + ([f"from {unit} {start_step:,}"] if start_step else [])
+    parts += [f"{key.replace('_', ' ')} {value}" for key, value in summary.items() if key not in ("unit", "verb")]
+    return f"{summary.get('verb', 'training')}: {', '.join(parts)}"
 
 
 def step_line(record: StepRecord) -> str:

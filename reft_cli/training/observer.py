@@ -50,16 +50,19 @@ class EvaluationRecord:
 
 
 class Observer(Protocol):
-    """Who watches. Training calls all of it, evaluation and inference on_progress and on_message."""
+    """Who watches: training calls on_step, evaluation and inference on_progress, and both all the others."""
 
     def on_start(self, steps: int, start_step: int, summary: Mapping[str, object]) -> None:
-        """Training begins at `start_step` of `steps`; `summary` is what may be shown about it, `run` the run folder."""
+        """Work begins at `start_step` of `steps`.
+
+        `summary` is what may be shown: `run` the run folder, `verb` what is done (training), `unit` of what (step).
+        """
 
     def on_step(self, record: StepRecord) -> None:
         """A log event of training."""
 
-    def on_progress(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` rows of `what` (validation, a split, prompts) are through; cheap enough for every batch."""
+    def on_progress(self, done: int, total: int) -> None:
+        """`done` of `total` units are through, in work that has no steps; cheap enough to be called for every batch."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """A split has been scored."""
@@ -71,7 +74,7 @@ class Observer(Protocol):
         """Something to be said in words."""
 
     def on_end(self, reason: str) -> None:
-        """Training has ended: `finished`, `patience`, `interrupted`, `failed`, ..."""
+        """Work has ended: `finished`, `patience`, `interrupted`, `failed`, ..."""
 
 
 class NullObserver:
@@ -83,7 +86,7 @@ class NullObserver:
     def on_step(self, record: StepRecord) -> None:
         """Nothing."""
 
-    def on_progress(self, what: str, done: int, total: int) -> None:
+    def on_progress(self, done: int, total: int) -> None:
         """Nothing."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

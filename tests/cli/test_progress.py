@@ -54,8 +54,6 @@ def make_terminal(monkeypatch):
 def play(observer: Observer) -> None:
     observer.on_start(1200, 0, {"run": "runs/x"})
     observer.on_step(STEP)
-    for done in (0, 8, 16):
-        observer.on_progress("validation", done, 16)
     observer.on_evaluation(VALIDATION)
     observer.on_checkpoint(40, Path("runs/x/checkpoints/step_000040"))
     observer.on_message("warning", "3 rows are long")
@@ -73,7 +71,7 @@ def test_plain_lines(capsys):
     streams = capsys.readouterr()
     assert streams.out == ""
     assert streams.err.splitlines() == [
-        "training to step 1,200, run runs/x",
+        "training: 1,200 steps, run runs/x",
         "step 40/1200 loss 1.312 lr 9.0e-04 12.4k tok/s eta 6m",
         "validation at step 40: exact_match 0.9125 (best) in 2s",
         "warning: 3 rows are long",
@@ -96,12 +94,22 @@ def test_verbose_names_the_checkpoints(capsys):
 
 
 def test_slow_work_is_reported_now_and_then(capsys, monkeypatch):
-    clock = iter([0.0, 5.0, 11.0, 12.0, 22.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
     observer = PlainProgress()
-    for done in (0, 10, 20, 30, 40):
-        observer.on_progress("test", done, 400)
-    assert capsys.readouterr().err == "test 20/400 eta 3m\ntest 40/400 eta 3m\n"
+    observer.on_start(400, 0, {"verb": "evaluating", "unit": "row"})
+    for now, done in ((5.0, 10), (11.0, 20), (12.0, 30), (22.0, 40)):  # noqa: B007  the clock reads it
+        observer.on_progress(done, 400)
+    assert capsys.readouterr().err == "evaluating: 400 rows\nrow 20/400 eta 3m\nrow 40/400 eta 3m\n"
+
+
+def test_a_bar_for_rows(make_terminal):
+    terminal = make_terminal()
+    with progress() as observer:
+        observer.on_start(400, 0, {"verb": "evaluating", "unit": "row"})
+        observer.on_progress(30, 400)
+        observer._live.refresh()
+    assert "30/400" in terminal.getvalue()
 
 
 def test_a_terminal_gets_a_live_display(make_terminal, capsys):
