@@ -15,8 +15,8 @@ from reft_cli.data.formats import Format
 from reft_cli.data.labels import class_number, find_classes, number
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Template
-from reft_cli.data.tokens import TextTokenizer
-from reft_cli.errors import DataError, Problem
+from reft_cli.data.tokens import TextTokenizer, text_tokenizer
+from reft_cli.errors import DataError, Problem, SpecError
 from reft_cli.positions import Positions
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class Notice:
 class Counts:
     """What became of the rows.
 
-    spanning: a token lies in prompt and answer; it is the answer's. differing: the prompt alone has other tokens than
-    in its row, so that training and inference see different prompts.
+    spanning: a token lies in prompt and answer; it is the answer's. differing: no such token, and still the prompt
+    alone has other tokens than in its row. Either way training and inference see different prompts.
     """
 
     read: int
@@ -98,7 +98,11 @@ def encode_examples(
     `classes`: names in the order of their numbers; found in these rows if None. `classes_given`: they were written by
     the user, so that a label may also be a number. DataError names the row at fault.
     """
-    text = TextTokenizer(tokenizer)
+    text = text_tokenizer(tokenizer)
+    if append_eos and text.eos_token_id is None and task_kind == "causal_lm":
+        raise SpecError(
+            Problem(f"{text.name} has no end-of-sequence token to append; write false", key="data.append_eos")
+        )
     fields = [data_format.fields_of(row, where=rows.where(index)) for index, row in enumerate(rows.rows)]
     if task_kind == "causal_lm":
         examples, spanning, differing = _answers(rows, fields, text=text, template=template, append_eos=append_eos)
@@ -136,7 +140,7 @@ def encode_prompts(
     return _prompts(
         fields,
         numbers or range(1, len(fields) + 1),
-        text=TextTokenizer(tokenizer),
+        text=text_tokenizer(tokenizer),
         template=template,
         whole=task_kind != "causal_lm",
         places=places or [f"prompt {index}" for index in range(1, len(fields) + 1)],
@@ -210,7 +214,7 @@ def fingerprint(
     parts = {
         "version": 1,
         "rows": rows.fingerprint,
-        "tokenizer": TextTokenizer(tokenizer).fingerprint,
+        "tokenizer": text_tokenizer(tokenizer).fingerprint,
         "template": template.to_dict(),
         "format": data_format.to_dict(),
         "settings": dict(settings),
@@ -244,7 +248,7 @@ def _answers(
             examples.append(Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row))
             if cut.spans:
                 spanning.append(row)
-            if cut.differs:
+            elif cut.differs:
                 differing.append(row)
     return examples, spanning, differing
 

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,12 +82,12 @@ def read_rows(source: Source) -> Rows:
     """All rows of a source, or those that `split` and `limit` ask for. DataError where there are none."""
     if bundled.is_bundled(source.path):
         rows = _read_local(source, bundled.locate(source.path, kind="data"), name=source.path)
-    elif (path := Path(source.path).expanduser()).exists():
-        rows = _read_local(source, path, name=source.path)
+    elif source.path and os.path.exists(path := os.path.expanduser(source.path)):
+        rows = _read_local(source, Path(path), name=source.path)
     elif _may_be_on_hub(source.path):
         rows = _read_hub(source)
     else:
-        raise _missing(path)
+        raise _missing(source.path)
     if source.limit is not None:
         rows = rows.take(range(min(source.limit, len(rows))))
     if not rows.rows:
@@ -158,7 +159,8 @@ def _read_folder(folder: Path, split: str, *, name: str) -> Rows:
             found.setdefault(_canonical(re.sub(r"-\d+-of-\d+$", "", file.stem)), []).append(file)
     files = found.get(_canonical(split), [])
     if not files:
-        there = f"there are {', '.join(found)}" if found else f"a split is a file such as {split}.jsonl"
+        names = [*(name for name in ALIASES if name in found), *(name for name in found if name not in ALIASES)]
+        there = f"there are {', '.join(names)}" if found else f"a split is a file such as {split}.jsonl"
         raise DataError(f"{name}: the folder has no split `{split}`; {there}")
     if len(files) > 1 and not all(re.search(r"-\d+-of-\d+$", file.stem) for file in files):
         raise DataError(f"{name}: split `{split}` is more than one file: {', '.join(f.name for f in files)}; name one")
@@ -174,7 +176,7 @@ def _read_saved(folder: Path, split: str, *, name: str) -> Rows:
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{name}: cannot be read as a saved data set ({_first_line(error)})") from error
     if isinstance(saved, datasets.DatasetDict):
         names = {_canonical(key): key for key in saved}
@@ -202,7 +204,11 @@ def _read_hub(source: Source) -> Rows:
             source.path, name=source.subset, split=source.split or "train", revision=source.revision
         )
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source.path}: no such file here, and not from the hub: {_first_line(error)}") from error
+        raise DataError(
+            f"{source.path}: no file or folder here, and no data set that the hub gives: {_first_line(error)}"
+        ) from error
+    if source.limit is not None:
+        data = data.select(range(min(source.limit, len(data))))
     return _numbered(source.path, data.to_list())
 
 
@@ -221,9 +227,11 @@ def _read_file(path: Path, *, name: str) -> Rows:
     if reader is None:
         raise DataError(f"{name}: unknown kind of file; it has to end in {', '.join(READERS)}")
     try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{name}: the file is empty")
         rows = reader(path, name)
     except OSError as error:
-        raise DataError(f"{name}: {(error.strerror or str(error)).lower()}") from error
+        raise DataError(f"{name}: cannot be read ({(error.strerror or str(error)).lower()})") from error
     for index, row in enumerate(rows.rows):
         if not isinstance(row, dict):
             raise DataError(
@@ -241,7 +249,7 @@ def _read_jsonl(path: Path, name: str) -> Rows:
     for number, text in _lines(path, name):  # str.splitlines would also break at U+2028 and U+0085
         try:
             rows.append(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name}:{number}: not JSON ({_because(error)})") from error
         lines.append(number)
     return _numbered(name, rows, lines)
@@ -251,10 +259,12 @@ def _read_json(path: Path, name: str) -> Rows:
     text = _text(path, name)
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+    except (ValueError, RecursionError) as error:
+        extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if extra and text.lstrip().startswith("{"):
             return _read_jsonl(path, name)  # one object a line in a file that is called .json
-        raise DataError(f"{name}:{error.lineno}: not JSON ({_because(error)})") from error
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{name}{line}: not JSON ({_because(error)})") from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -309,7 +319,7 @@ def _read_parquet(path: Path, name: str) -> Rows:
 
     try:
         return _numbered(name, pyarrow.parquet.ParquetFile(path).read().to_pylist())
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name}: not Parquet ({_first_line(error)})") from error
 
 
@@ -340,19 +350,24 @@ def _decoded(content: bytes, place: str, *, first: bool) -> str:
         raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
 
 
-def _missing(path: Path) -> DataError:
-    folder = path.parent
-    if not folder.is_dir():
-        return DataError(f"{path}: no such file; there is no folder {folder}")
-    there = sorted(file.name for file in folder.iterdir() if file.suffix in READERS or file.is_dir())
+def _missing(given: str) -> DataError:
+    path = Path(os.path.expanduser(given))
+    if not os.path.isdir(path.parent):
+        return DataError(f"{given}: no such file; there is no folder {path.parent}")
+    there = sorted(file.name for file in path.parent.iterdir() if file.suffix in READERS or file.is_dir())
     near = get_close_matches(path.name, there, n=1)
     if near:
-        return DataError(f"{path}: no such file; did you mean `{folder / near[0]}`?")
-    return DataError(f"{path}: no such file; in {folder} there is {', '.join(there[:8]) or 'no data file'}")
+        return DataError(f"{given}: no such file; did you mean `{path.parent / near[0]}`?")
+    return DataError(
+        f"{given or 'path'}: no such file; there is {', '.join(there[:8]) or 'no data file in its folder'}"
+    )
 
 
-def _because(error: json.JSONDecodeError) -> str:
-    return f"{error.msg[0].lower()}{error.msg[1:]}, column {error.colno}"
+def _because(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
+    return text[:1].lower() + text[1:]
 
 
 def _first_line(error: BaseException) -> str:

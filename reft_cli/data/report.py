@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from reft_cli.data.encode import Counts, Encoded, Example, Notice, notice
@@ -123,8 +123,9 @@ def _texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _lengths(values: Sequence[int]) -> Lengths:
+    """Nearest-rank percentiles."""
     ordered = sorted(values)
-    return Lengths(int(median(ordered)), ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))], ordered[-1])
+    return Lengths(*(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95, 1)))
 
 
 def _rows(noted: Notice, total: int) -> str:

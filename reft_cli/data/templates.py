@@ -20,7 +20,6 @@ from reft_cli.errors import DataError, Problem, SpecError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAIN_FIELDS = ("prompt", "instruction", "text", "messages")
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -65,13 +64,13 @@ class Template(ABC):
     def fields_from_text(self, text: str) -> dict[str, Any]:
         """Fields of one typed prompt, as `reft infer --prompt` has it; DataError if one text is not enough."""
         names = self.prompt_fields
-        main = names[0] if len(names) == 1 else None
-        if main is None:
+        if len(names) != 1:
             raise DataError(
-                f"the template needs {len(names)} columns ({', '.join(names)}), one text is not enough; "
-                "give rows in a file: --input FILE.jsonl"
+                f"the template's prompt needs the columns {', '.join(names)}; give rows in a file: --input FILE.jsonl"
+                if names
+                else "the template's prompt has no {column} that a text could go into"
             )
-        return {main: [{"role": "user", "content": text}] if main == "messages" else text}
+        return {names[0]: [{"role": "user", "content": text}] if names == ("messages",) else text}
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,8 @@ class ChatTemplate(Template):
     def _turns(self, fields: Mapping[str, Any], *, where: str) -> list[dict[str, Any]]:
         """The conversation without its answer."""
         if self.user == ("messages",):
+            if not fields.get("messages"):
+                raise DataError(f"{where}: no messages; there are {', '.join(fields) or 'no columns'}")
             messages: list[dict[str, Any]] = list(fields["messages"])
             return messages[:-1] if messages[-1]["role"] == "assistant" else messages
         texts = [_text(fields, self.user[0], where=where)]
