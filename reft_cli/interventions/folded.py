@@ -51,7 +51,7 @@ class FoldedDiagonal:
     def rows(h: Tensor, *site: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d], from one site's scale [d] and bias [d]."""
         scale, bias = site
-        return h * scale + bias  # promotes to scale's type; autograd keeps h as it is, not a wide copy
+        return torch.addcmul(bias, h, scale)  # promotes to scale's type; autograd keeps h as it is, not a wide copy
 
     def delta(self, site: int, h: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d] at a site."""

@@ -56,7 +56,8 @@ class Leaves:
         for root, leaves in zip(self.graph, zip(*self.sites, strict=True), strict=True):
             if root.requires_grad:
                 roots.append(root)
-                gradients.append(torch.stack([torch.zeros_like(a) if a.grad is None else a.grad for a in leaves]))
+                zero = root.new_zeros(()).expand_as(root[0])
+                gradients.append(torch.stack([zero if leaf.grad is None else leaf.grad for leaf in leaves]))
         if roots:
             torch.autograd.backward(roots, gradients)
         self.drop_gradients()

@@ -1,5 +1,7 @@
 """Orthonormal rows: how exact, how far, how they fail, and their gradient."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def test_gradient_against_finite_differences():
 
 @pytest.mark.parametrize("condition", [1.0, 1e3])
 def test_gradient_against_gram_schmidt(condition):
-    """Autograd through one row after the other, without Cholesky and without the constant first round."""
+    """Autograd through one row after the other, in float64."""
     weight = conditioned(condition).double().requires_grad_()
     rows: list[torch.Tensor] = []
     for i in range(weight.shape[1]):
@@ -115,7 +117,9 @@ def test_on_a_gpu_without_waiting_for_it():
     weight = conditioned(1e3).cuda().requires_grad_()
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     orthonormal_rows(weight)  # handles are made on first use, and that waits
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         frames = orthonormal_rows(weight)
         frames.sum().backward()
