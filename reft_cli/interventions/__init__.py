@@ -10,7 +10,17 @@ from reft_cli.interventions.folded import Folded, FoldedDiagonal, FoldedLowRank
 from reft_cli.interventions.low_rank import ConsReFT, DiReFT, LobiReFT, LoReFT, NoReFT, OrthogonalDiReFT
 from reft_cli.interventions.red import RED
 
-__all__ = ["METHODS", "Bank", "Folded", "FoldedDiagonal", "FoldedLowRank", "build_bank", "trainable_count"]
+__all__ = [
+    "METHODS",
+    "Bank",
+    "DropoutOn",
+    "Folded",
+    "FoldedDiagonal",
+    "FoldedLowRank",
+    "Init",
+    "build_bank",
+    "trainable_count",
+]
 
 METHODS: dict[str, type[Bank]] = {
     "loreft": LoReFT,

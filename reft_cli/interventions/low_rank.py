@@ -15,7 +15,9 @@ from reft_cli.interventions.bank import Bank, DropoutOn, Init
 from reft_cli.interventions.folded import FoldedLowRank
 from reft_cli.interventions.frames import orthonormal_rows
 
-ROW_NORM = 0.5  # of the free weight behind R, at the start: R then moves twice as far as the weight, as in pyreft
+# Length of the rows of the free weight behind R at the start. R then moves twice as far as its weight, and less as the
+# weight grows, as with pyreft's parametrization, so that published learning rates mean the same here.
+ROW_NORM = 0.5
 
 
 class LowRankBank(Bank):
