@@ -114,7 +114,12 @@ def encode_examples(
         examples = [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
         spanning, differing = [], []
     kept, dropped, cut = fit(
-        examples, text=text, max_length=max_length, on_overflow=on_overflow, positions=positions, name=rows.name
+        examples,
+        special=(len(text.prefix), 0 if task_kind == "causal_lm" else len(text.suffix)),
+        max_length=max_length,
+        on_overflow=on_overflow,
+        positions=positions,
+        name=rows.name,
     )
     counts = Counts(
         read=len(rows),
@@ -150,19 +155,21 @@ def encode_prompts(
 def fit(
     examples: Sequence[Example],
     *,
-    text: TextTokenizer,
     max_length: int,
     on_overflow: Overflow,
     positions: Positions,
+    special: tuple[int, int] = (0, 0),
     name: str,
 ) -> tuple[list[Example], list[int], list[int]]:
-    """(examples of at most `max_length` tokens, rows dropped, rows cut); DataError for `on_overflow` error."""
+    """(examples of at most `max_length` tokens, rows dropped, rows cut); DataError for `on_overflow` error.
+
+    A cut leaves the edited tokens of the prompt and the `special` ones before and after it.
+    """
     long = [example for example in examples if len(example.input_ids) > max_length]
     if not long:
         return list(examples), [], []
-    shortened = {
-        example.row: cut_middle(example, max_length=max_length, positions=positions, text=text) for example in long
-    }
+    first, last = max(positions.first, special[0]), max(positions.last, special[1])
+    shortened = {example.row: cut_middle(example, max_length=max_length, first=first, last=last) for example in long}
     hopeless = [example for example in long if shortened[example.row] is None]
     if on_overflow == "error" or (on_overflow == "truncate_prompt" and hopeless):
         raise _too_long(
@@ -182,14 +189,12 @@ def fit(
     return [shortened.get(example.row) or example for example in examples], [], rows
 
 
-def cut_middle(example: Example, *, max_length: int, positions: Positions, text: TextTokenizer) -> Example | None:
-    """The example with tokens taken out of the middle of its prompt; None if edited tokens or the answer would go.
+def cut_middle(example: Example, *, max_length: int, first: int, last: int) -> Example | None:
+    """The example with tokens taken out of the middle of its prompt, of which the `first` and `last` tokens stay.
 
-    The first tokens (special ones and `positions.first`) and the last `positions.last` stay; what else fits is divided
-    evenly between the two ends.
+    What else fits is divided evenly between the two ends. None if there is no room for those tokens and the answer.
     """
     budget = max_length - (len(example.input_ids) - example.prompt_length)
-    first, last = max(positions.first, len(text.prefix)), positions.last
     if budget < max(first + last, 1):
         return None
     head = min(max(first, budget - budget // 2), budget - last)

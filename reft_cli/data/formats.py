@@ -174,7 +174,7 @@ def _detect(columns: Sequence[str], mapping: Mapping[str, str], *, where: str, w
         names = " and ".join(f"`{each.name}`" for each in fits)
         raise DataError(f"{where}: columns {_listed(columns)} fit formats {names}; write one as data.format")
     needs = " · ".join(f"{each.name}: {_listed(each.needed)}" for each in FORMATS.values())
-    nearest = max(bound, key=lambda each: len(_guess(each, columns)) - len(each.needed))
+    nearest = max(bound, key=lambda each: _nearness(each, columns))
     raise DataError(
         Problem(
             f"no format fits columns {_listed(columns)}; formats need {needs}.",
@@ -225,6 +225,13 @@ def _guess(chosen: Format, columns: Sequence[str]) -> dict[str, str]:
         if likely:
             guessed[name] = likely[0]
     return guessed
+
+
+def _nearness(chosen: Format, columns: Sequence[str]) -> tuple[int, int, int]:
+    """Few names without a column, then many with the very column, then many names."""
+    guessed = _guess(chosen, columns)
+    exact = sum(name == column for name, column in guessed.items())
+    return len(guessed) - len(chosen.needed), exact, len(chosen.needed)
 
 
 def _mapping_hint(chosen: Format, columns: Sequence[str]) -> str:

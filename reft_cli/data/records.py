@@ -13,7 +13,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -93,6 +93,23 @@ def read_rows(source: Source) -> Rows:
     if not rows.rows:
         raise DataError(f"{rows.name}: no rows{f' in split {source.split}' if source.split else ''}")
     return rows
+
+
+def parse_jsonl(lines: Iterable[bytes], *, name: str) -> Rows:
+    """Rows of JSON lines, blank ones left out, from an open file or standard input; `name` is for messages.
+
+    A line ends at a newline and nowhere else: `str.splitlines` would break at U+2028 and U+0085 inside texts too.
+    """
+    rows, numbers = [], []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            text = _decoded(line, f"{name}:{number}", first=number == 1)
+            try:
+                rows.append(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{name}:{number}: not JSON ({_because(error)})") from error
+            numbers.append(number)
+    return _checked(_numbered(name, rows, numbers))
 
 
 def split_off(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -232,6 +249,10 @@ def _read_file(path: Path, *, name: str) -> Rows:
         rows = reader(path, name)
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({(error.strerror or str(error)).lower()})") from error
+    return _checked(rows)
+
+
+def _checked(rows: Rows) -> Rows:
     for index, row in enumerate(rows.rows):
         if not isinstance(row, dict):
             raise DataError(
@@ -245,14 +266,8 @@ def _numbered(name: str, rows: list[Row], lines: list[int] | None = None) -> Row
 
 
 def _read_jsonl(path: Path, name: str) -> Rows:
-    rows, lines = [], []
-    for number, text in _lines(path, name):  # str.splitlines would also break at U+2028 and U+0085
-        try:
-            rows.append(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}:{number}: not JSON ({_because(error)})") from error
-        lines.append(number)
-    return _numbered(name, rows, lines)
+    with path.open("rb") as file:
+        return parse_jsonl(file, name=name)
 
 
 def _read_json(path: Path, name: str) -> Rows:
@@ -329,14 +344,6 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that are not blank; lines end at a newline and nowhere else."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _decoded(line, f"{name}:{number}", first=number == 1)
 
 
 def _text(path: Path, name: str) -> str:

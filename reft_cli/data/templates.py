@@ -259,6 +259,8 @@ def _named(given: str | None, data_format: Format) -> Template:
         return TextTemplate("alpaca", ALPACA_WITH_INPUT, "{output}", ALPACA)
     if data_format.name == "alpaca":
         return TextTemplate("plain", "{instruction}\n\n{input}", "{output}", "{instruction}")
+    if data_format.name == "messages":
+        raise DataError(f"template `{given}` does not fit format messages; write data.template: chat")
     if len(data_format.prompt) != 1 or data_format.answer is None or (given, data_format.name) == (None, "text"):
         wanted = f"template `{given}`" if given else "task.kind causal_lm"
         shown = " ".join(f"{{{name}}}" for name in data_format.prompt)

@@ -1,5 +1,7 @@
 """Rows from files of every kind, and what is said of files that cannot be read."""
 
+import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_cli import bundled
-from reft_cli.data.records import Rows, Source, read_rows, split_off
+from reft_cli.data.records import Rows, Source, parse_jsonl, read_rows, split_off
 from reft_cli.errors import DataError
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(10)]
@@ -97,9 +99,14 @@ def test_json_of_objects_with_one_list_and_json_lines_in_disguise(tmp_path):
     assert read(tmp_path / "c.json").rows == [{"a": 1}]
 
 
-def test_a_csv_field_may_be_long_and_python_keeps_its_limit(tmp_path):
-    import csv
+def test_lines_of_standard_input():
+    rows = parse_jsonl(io.BytesIO('\ufeff{"a": "x\u2028y"}\n\n{"a": 2}'.encode()), name="stdin")
+    assert rows.rows == [{"a": "x\u2028y"}, {"a": 2}] and rows.where(1) == "stdin:3"
+    with pytest.raises(DataError, match="stdin:1: a row has to be an object"):
+        parse_jsonl([b"3"], name="stdin")
 
+
+def test_a_csv_field_may_be_long_and_python_keeps_its_limit(tmp_path):
     before = csv.field_size_limit()
     assert len(read(write(tmp_path / "long.csv", [{"a": "x" * 200_000}])).rows[0]["a"]) == 200_000
     assert csv.field_size_limit() == before
