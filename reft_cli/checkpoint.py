@@ -39,6 +39,8 @@ class BaseIdentity(_Part):
 
     name: str
     commit: str | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """As the spec had it."""
     shape_hash: str
     layers: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
@@ -61,13 +63,13 @@ class TextIdentity(_Part):
 
     kind: Literal["causal_lm", "classification", "regression"]
     metric: str
-    format: str
-    columns: dict[str, str]
+    format: dict[str, Any]
     template: dict[str, Any]
     labels: list[str] | None
+    labels_given: bool
     append_eos: bool
     max_length: int = Field(ge=1)
-    on_overflow: str
+    on_overflow: Literal["error", "drop", "truncate_prompt"]
 
 
 class TensorIdentity(_Part):
@@ -148,7 +150,10 @@ def _sync(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and check a checkpoint folder. CheckpointError: a file is missing, damaged, or not what the manifest says."""
+    """Read and check a checkpoint folder.
+
+    CheckpointError: a file is missing, damaged, or not what the manifest says.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
     manifest = _read_manifest(path / MANIFEST)

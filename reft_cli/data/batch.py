@@ -39,14 +39,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies overlap with computation where the memory is pinned."""
-        move = {"device": device, "non_blocking": True}
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return replace(
             self,
-            inputs={name: tensor.to(**move) for name, tensor in self.inputs.items()},
-            rows={name: tensor.to(**move) for name, tensor in self.rows.items()},
-            answer_rows=self.answer_rows.to(**move),
-            targets=self.targets.to(**move),
-            labels=None if self.labels is None else self.labels.to(**move),
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            rows={name: move(tensor) for name, tensor in self.rows.items()},
+            answer_rows=move(self.answer_rows),
+            targets=move(self.targets),
+            labels=None if self.labels is None else move(self.labels),
         )
 
 

@@ -20,8 +20,9 @@ Numbers = Sequence[float]
 
 
 def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
-    """A score of answers as text. exact_match and accuracy are shares; f1 is the macro mean over the references' labels.
+    """A score of answers as text.
 
+    exact_match and accuracy are shares; f1 is the macro mean over the references' labels.
     numeric_match: the last number of the answer is within 1e-3 of the reference's last number; commas are dropped.
     pearson and spearman read numbers the same way; an answer without one counts as 0.
     """

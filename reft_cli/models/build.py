@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from reft_cli.interventions import build_bank
+from reft_cli.interventions import DropoutOn, Init, build_bank
 from reft_cli.models.blocks import find_blocks, find_target, select_layers, target_width
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel
@@ -21,9 +21,9 @@ def build_intervened(
     positions: Positions,
     tied: bool,
     rank: int | None,
-    init: str,
+    init: Init,
     dropout: float,
-    dropout_on: str,
+    dropout_on: DropoutOn,
     seed: int,
 ) -> IntervenedModel:
     """A base model with a fresh bank at all its sites; the same seed gives the same weights on every machine.

@@ -58,6 +58,8 @@ class BaseModel:
     name: str
     commit: str | None
     shape_hash: str
+    dtype: str = "auto"
+    """As it was asked for."""
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -118,7 +120,7 @@ def load_causal_lm(source: BaseSource) -> BaseModel:
 
 
 def load_classifier(source: BaseSource, *, outputs: int, pad_token_id: int | None, seed: int) -> BaseModel:
-    """A frozen transformer with a head of `outputs` numbers that trains, in float32; the head's weights follow `seed`."""
+    """A frozen transformer with a head of `outputs` numbers that trains, in float32; its weights follow `seed`."""
     torch.manual_seed(seed)
     loaded = _load(source, AutoModelForSequenceClassification, {"num_labels": outputs, "pad_token_id": pad_token_id})
     for name, parameter in loaded.model.named_parameters():
@@ -161,7 +163,7 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
         raise ModelError(_explain(source, error)) from error
     model.requires_grad_(False)
     model.eval().to(device)
-    return BaseModel(model, source.name, getattr(config, "_commit_hash", None), shape_hash(model))
+    return BaseModel(model, source.name, getattr(config, "_commit_hash", None), shape_hash(model), source.dtype)
 
 
 def shape_hash(model: PreTrainedModel) -> str:

@@ -22,8 +22,10 @@ from reft_cli.models.intervened import IntervenedModel
 class Task(Protocol):
     """What training needs to know of an objective."""
 
-    can_pack: bool
-    """Whether sequences may stand end to end in one row."""
+    @property
+    def can_pack(self) -> bool:
+        """Whether sequences may stand end to end in one row."""
+        ...
 
     def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
         """The loss summed over the batch's units, float32, scalar."""

@@ -1,7 +1,7 @@
 """The training loop: global batches, one optimizer step each, on as many processes as Accelerate was started with.
 
-The loss of a step is the mean over the units (answer tokens or rows) of its global batch, whatever the micro-batches and
-processes. Validation and saving are handed in, so this file imports neither.
+The loss of a step is the mean over the units (answer tokens or rows) of its global batch, whatever the micro-batches
+and processes. Validation and saving are handed in, so this file imports neither.
 """
 
 from __future__ import annotations

@@ -1,0 +1,8 @@
+"""The verbs: train, check, evaluate, open a run. The only place that unpacks a spec; the command line calls these."""
+
+from reft_cli.runs.check import CheckReport, check
+from reft_cli.runs.evaluate import EvalReport, evaluate
+from reft_cli.runs.session import Session, open_run
+from reft_cli.runs.train import TrainResult, train
+
+__all__ = ["CheckReport", "EvalReport", "Session", "TrainResult", "check", "evaluate", "open_run", "train"]

@@ -1,0 +1,180 @@
+"""From a spec or a manifest to models, evaluators and checkpoints: flat arguments for everything below."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from reft_cli import __version__
+from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, Manifest
+from reft_cli.errors import CheckpointError
+from reft_cli.evaluation.evaluate import Evaluator
+from reft_cli.generation.decode import Decoding
+from reft_cli.models.blocks import find_blocks, hidden_size
+from reft_cli.models.build import build_intervened
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_classifier
+from reft_cli.positions import Positions
+from reft_cli.runs.texts import TextSide
+from reft_cli.spec.schema import GenerationSpec, ModelSpec, Spec
+
+TOKEN_BUDGET = {"cuda": 16_384, "cpu": 4_096}  # tokens in one forward and backward pass
+
+
+def base_source(model: ModelSpec) -> BaseSource:
+    """Where a spec's base model comes from."""
+    return BaseSource(**model.model_dump())
+
+
+def load_base(source: BaseSource, text: TextSide, *, seed: int) -> BaseModel:
+    """The base model with the head that the task needs."""
+    if text.kind == "causal_lm":
+        return load_causal_lm(source)
+    outputs = 1 if text.kind == "regression" else len(text.labels or ())
+    return load_classifier(source, outputs=outputs, pad_token_id=text.tokenizer.pad_token_id, seed=seed)
+
+
+def build_from_spec(base: BaseModel, spec: Spec) -> IntervenedModel:
+    """A fresh intervention, as the spec has it."""
+    given = spec.intervention
+    return build_intervened(
+        base,
+        method=given.method,
+        layers=given.layers,
+        component=given.component,
+        positions=Positions.parse(given.positions),
+        tied=given.tied,
+        rank=given.rank,
+        init=given.init,
+        dropout=given.dropout,
+        dropout_on=given.dropout_on,
+        seed=spec.train.seed,
+    )
+
+
+def build_from_checkpoint(base: BaseModel, checkpoint: Checkpoint) -> IntervenedModel:
+    """The intervention of a checkpoint on its base. CheckpointError: the base is another one, or tensors do not fit."""
+    manifest, found = checkpoint.manifest, describe_base(base)
+    if found.shape_hash != manifest.base.shape_hash:
+        raise CheckpointError(f"{checkpoint.path} was trained on {_named(manifest.base)}; this base is {_named(found)}")
+    stored = manifest.intervention
+    model = build_intervened(
+        base,
+        method=stored.method,
+        layers=stored.layers,
+        component=stored.component,
+        positions=Positions.parse(stored.positions),
+        tied=stored.tied,
+        rank=stored.rank,
+        init="paper",
+        dropout=0.0,
+        dropout_on="delta",
+        seed=0,
+    )
+    load_trainables(model, checkpoint)
+    return model.eval()
+
+
+def load_trainables(model: IntervenedModel, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors into a model. CheckpointError: names or shapes differ; then nothing is changed."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.trainable_state().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {given.get(name, 'none')}, "
+                f"this intervention needs {wanted.get(name, 'none')}"
+            )
+    bank = {name.removeprefix("bank."): t for name, t in checkpoint.tensors.items() if name.startswith("bank.")}
+    model.bank.load_state_dict(bank)
+    with torch.no_grad():
+        for name, parameter in model.head_parameters().items():
+            parameter.copy_(checkpoint.tensors[f"head.{name}"])
+
+
+def describe_base(base: BaseModel) -> BaseIdentity:
+    """What a checkpoint keeps of its base model."""
+    return BaseIdentity(
+        name=base.name,
+        commit=base.commit,
+        dtype=base.dtype,  # type: ignore[arg-type]  # one of the spec's literals
+        shape_hash=base.shape_hash,
+        layers=len(find_blocks(base.model).modules),
+        hidden_size=hidden_size(base.model),
+    )
+
+
+def _named(base: BaseIdentity) -> str:
+    commit = f"@{base.commit[:8]}" if base.commit else ""
+    return f"{base.name}{commit} ({base.layers} layers, width {base.hidden_size})"
+
+
+def manifest_fields(
+    *, spec: Spec, base: BaseModel, model: IntervenedModel, text: TextSide, step: int
+) -> dict[str, Any]:
+    """A checkpoint's manifest, but for what is known only when its tensors are written."""
+    given = spec.intervention
+    return {
+        "reft_version": __version__,
+        "step": step,
+        "base": describe_base(base),
+        "intervention": InterventionIdentity(
+            method=given.method,
+            component=given.component,
+            layers=sorted({site.layer for site in model.sites}),
+            positions=given.positions,
+            tied=given.tied,
+            rank=given.rank,
+            width=model.bank.width,
+        ),
+        "text": text.identity(str(spec.task.metric)),
+        "generation": spec.generation.model_dump(),
+    }
+
+
+def decoding_of(generation: GenerationSpec, *, seed: int = 0) -> Decoding:
+    """How answers are decoded."""
+    values = generation.model_dump()
+    values.pop("batch_size")
+    return Decoding(**values | {"stop": tuple(generation.stop), "seed": seed})
+
+
+def merge_generation(stored: dict[str, Any], overrides: dict[str, Any]) -> tuple[Decoding, int]:
+    """(decoding, batch size) of a checkpoint, with what a command's flags say on top."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    seed = int(given.pop("seed", 0))
+    generation = GenerationSpec.model_validate(stored | given)
+    return decoding_of(generation, seed=seed), generation.batch_size
+
+
+def evaluator_of(
+    text: TextSide, *, metric: str, decoding: Decoding, batch_size: int, device: torch.device, tied: bool
+) -> Evaluator:
+    """How a split is scored."""
+    return Evaluator(
+        kind=text.kind,
+        metric=metric,
+        labels=list(text.labels) if text.labels else None,
+        groups=text.positions.groups(tied=tied),
+        tokenizer=text.tokenizer,
+        decoding=decoding,
+        batch_size=batch_size,
+        token_budget=2 * token_budget(device),
+    )
+
+
+def token_budget(device: torch.device) -> int:
+    """Tokens in one training pass on this kind of device."""
+    return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
+
+
+def manifest_positions(manifest: Manifest) -> Positions:
+    """The edited positions of a checkpoint."""
+    return Positions.parse(manifest.intervention.positions)
+
+
+def summary_of(decoding: Decoding) -> dict[str, Any]:
+    """Plain values, for result files."""
+    return asdict(decoding)

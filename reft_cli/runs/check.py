@@ -1,0 +1,141 @@
+"""`check`: what a spec would do, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reft_cli.data.encode import Encoded
+from reft_cli.data.records import read_rows
+from reft_cli.data.report import DataReport, Token, render_row, report
+from reft_cli.models.loading import load_tokenizer
+from reft_cli.runs.assemble import base_source, build_from_spec, load_base, token_budget
+from reft_cli.runs.estimate import Estimate, estimate
+from reft_cli.runs.texts import TrainingData, load_training_data, source_of
+from reft_cli.spec.load import LoadedSpec
+from reft_cli.training.schedule import Order
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """One training row, token by token."""
+
+    row: int
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `reft check` shows. The model's numbers are None without a model."""
+
+    spec: str
+    data: dict[str, DataReport]
+    rows: list[RenderedRow]
+    steps: int
+    steps_per_epoch: int
+    model: ModelReport | None
+    next_command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for --json."""
+        return {
+            "spec": self.spec,
+            "data": {split: each.to_dict() for split, each in self.data.items()},
+            "rows": [asdict(row) for row in self.rows],
+            "steps": self.steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "model": asdict(self.model) if self.model else None,
+            "next_command": self.next_command,
+        }
+
+    @property
+    def warnings(self) -> list[str]:
+        """What should be known before training."""
+        return [warning for each in self.data.values() for warning in each.warnings]
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What the intervention is on this model, and what training it would take."""
+
+    name: str
+    device: str
+    dtype: str
+    base_parameters: int
+    trainable_parameters: int
+    head_parameters: int
+    sites: int
+    layers: list[int]
+    component: str
+    width: int
+    arithmetic: str
+    """How the trainable parameters come about."""
+    estimate: Estimate
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters of a hundred of the base."""
+        return 100 * self.trainable_parameters / self.base_parameters
+
+
+def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> CheckReport:
+    """Read the data and, unless `with_model` is false, load the model; nothing is written.
+
+    Every problem that training would meet at its start comes here too, as the same error.
+    """
+    spec = loaded.spec
+    tokenizer = load_tokenizer(base_source(spec.model))
+    data = load_training_data(spec, tokenizer)
+    encoded: dict[str, Encoded] = {"train": data.train}
+    if data.validation is not None:
+        encoded["validation"] = data.validation
+    if spec.data.test is not None:
+        encoded["test"] = data.text.encode(read_rows(source_of(spec.data, "test")))
+    groups = data.text.positions.groups(tied=spec.intervention.tied)
+    order = Order(len(data.train.examples), spec.train.global_batch_size, spec.train.seed)
+    return CheckReport(
+        spec=str(loaded.path),
+        data={split: report(each, positions=data.text.positions) for split, each in encoded.items()},
+        rows=[
+            RenderedRow(each.row, render_row(each, tokenizer=tokenizer, groups=groups))
+            for each in data.train.examples[:rows]
+        ],
+        steps=order.steps(spec.train.epochs, spec.train.max_steps),
+        steps_per_epoch=order.steps_per_epoch,
+        model=_model_report(loaded, data) if with_model else None,
+        next_command=f"reft train {loaded.path}",
+    )
+
+
+def _model_report(loaded: LoadedSpec, data: TrainingData) -> ModelReport:
+    spec = loaded.spec
+    base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
+    model = build_from_spec(base, spec)
+    bank, head = model.bank, sum(parameter.numel() for parameter in model.head_parameters().values())
+    per_site = sum(parameter.numel() for parameter in bank.parameters()) // bank.sites
+    parts = f"{bank.sites} sites × {per_site:,}" + (f" + head {head:,}" if head else "")
+    dtype = next(base.model.parameters()).dtype
+    return ModelReport(
+        name=base.name,
+        device=str(model.device),
+        dtype=str(dtype).removeprefix("torch."),
+        base_parameters=model.base_count(),
+        trainable_parameters=model.trainable_count(),
+        head_parameters=head,
+        sites=len(model.sites),
+        layers=sorted({site.layer for site in model.sites}),
+        component=spec.intervention.component,
+        width=bank.width,
+        arithmetic=f"{parts} (width {bank.width}, rank {bank.rank or '–'})",
+        estimate=estimate(
+            model,
+            examples=data.train.examples,
+            epochs_steps=Order(len(data.train.examples), spec.train.global_batch_size, 0).steps(
+                spec.train.epochs, spec.train.max_steps
+            ),
+            global_batch_size=spec.train.global_batch_size,
+            micro_batch_size=None if spec.train.micro_batch_size == "auto" else spec.train.micro_batch_size,
+            token_budget=token_budget(model.device),
+            checkpointing=spec.train.gradient_checkpointing,
+        ),
+    )

@@ -1,0 +1,155 @@
+"""`evaluate`: scores of a run on a split, beside those of its base model if asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from reft_cli.data.records import Rows, Source, read_rows
+from reft_cli.environment import versions
+from reft_cli.errors import SpecError
+from reft_cli.evaluation.evaluate import Evaluation
+from reft_cli.runfolder import RunFolder, step_of, write_atomic
+from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
+from reft_cli.runs.session import Session, open_run
+from reft_cli.runs.texts import source_of, without_answers
+from reft_cli.spec.load import load_spec
+from reft_cli.training.observer import EvaluationRecord, Observer
+
+Base = Literal["none", "compare", "only"]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Scores on one set of rows; `metrics` is empty if only the base was scored."""
+
+    run: Path
+    checkpoint: Path
+    data: str
+    rows: int
+    metric: str
+    metrics: dict[str, float]
+    base_metrics: dict[str, float]
+    seconds: float
+    path: Path | None
+    """The result file, if the checkpoint lies in a run folder."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for --json and the result file."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def evaluate(
+    run: Path,
+    *,
+    checkpoint: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    base: Base = "none",
+    generation: dict[str, Any] | None = None,
+    device: str | None = None,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    observer: Observer,
+) -> EvalReport:
+    """Score a run on `data` (a file, folder, hub id or bundled name), or on a split of its own spec.
+
+    The result and every row's prediction are kept in the run's eval/ folder.
+    """
+    with open_run(
+        run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
+    ) as session:
+        rows = _rows(session, data, split, limit)
+        encoded = session.text.encode(rows)
+        overrides = (generation or {}) | {"batch_size": batch_size}
+        decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
+        metric = session.checkpoint.manifest.text.metric
+        evaluator = evaluator_of(
+            session.text,
+            metric=metric,
+            decoding=decoding,
+            batch_size=size,
+            device=session.model.device,
+            tied=session.tied,
+        )
+        passes = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}[base]
+        observer.on_start(len(passes) * len(encoded.examples), 0, {"verb": "evaluating", "unit": "row"})
+        started, results = time.perf_counter(), {}
+        for index, which in enumerate(passes):
+            results[which] = evaluator.run(
+                session.model,
+                encoded.examples,
+                prompts=without_answers(encoded.examples),
+                edited=which == "run",
+                on_progress=lambda done, total, index=index: observer.on_progress(  # type: ignore[misc]
+                    index * total + done, len(passes) * total
+                ),
+            )
+        seconds = time.perf_counter() - started
+        report = EvalReport(
+            run=run,
+            checkpoint=session.found.checkpoint,
+            data=encoded.name,
+            rows=len(encoded.examples),
+            metric=metric,
+            metrics=results["run"].metrics if "run" in results else {},
+            base_metrics=results["base"].metrics if "base" in results else {},
+            seconds=round(seconds, 3),
+            path=None,
+        )
+        report = _keep(session, report, results, summary_of(decoding) | {"batch_size": size})
+    step = session.checkpoint.manifest.step
+    observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))
+    observer.on_end("finished")
+    return report
+
+
+def _rows(session: Session, data: str | None, split: str, limit: int | None) -> Rows:
+    if data is None:
+        if session.found.run is None:
+            raise SpecError(f"{session.found.checkpoint} lies in no run folder, so its data are not known; give --data")
+        spec = load_spec(session.found.run.resolved).spec
+        if split == "validation" and isinstance(spec.data.validation, float):
+            raise SpecError(f"data.validation of this run is a fraction ({spec.data.validation:g}); give --data")
+        source = source_of(spec.data, split)
+    else:
+        source = Source(path=data, split=None if data.endswith((".jsonl", ".json", ".csv", ".parquet")) else split)
+        if data.startswith("bundled:") and "/" in data:
+            source = Source(path=data)
+    if limit is not None:
+        source = Source(source.path, source.split, source.subset, source.revision, limit)
+    return read_rows(source)
+
+
+def _keep(
+    session: Session, report: EvalReport, results: dict[str, Evaluation], generation: dict[str, Any]
+) -> EvalReport:
+    """Write the result and the samples into the run folder; rows of both models stand side by side."""
+    run: RunFolder | None = session.found.run
+    if run is None:
+        return report
+    name = f"{Path(report.data).stem}-step_{step_of(report.checkpoint):06d}"
+    path = run.evaluation(name)
+    samples = []
+    for index, sample in enumerate(next(iter(results.values())).samples):
+        both = {which: result.samples[index].get("prediction") for which, result in results.items()}
+        kept = {key: sample[key] for key in ("row", "prompt", "reference")}
+        if "run" in both:
+            kept["prediction"] = both["run"]
+        if "base" in both:
+            kept["base_prediction"] = both["base"]
+        samples.append(kept)
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomic(run.evaluation(name, suffix=".samples.jsonl"), lines)
+    kept_report = EvalReport(
+        **{field: getattr(report, field) for field in report.__dataclass_fields__} | {"path": path}
+    )
+    facts = {"generation": generation, "versions": versions(), "device": str(session.model.device)}
+    write_atomic(path, json.dumps(kept_report.to_dict() | facts, indent=2, ensure_ascii=False) + "\n")
+    return kept_report

@@ -1,0 +1,183 @@
+"""A trained run, loaded and ready to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any, Self
+
+import torch
+from transformers import TextIteratorStreamer
+
+from reft_cli.checkpoint import Checkpoint, read_checkpoint
+from reft_cli.data.batch import build_batch
+from reft_cli.data.encode import Example
+from reft_cli.data.templates import TextTemplate
+from reft_cli.errors import SpecError
+from reft_cli.generation.decode import Answer, decode_all, decode_batch
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseSource, load_tokenizer
+from reft_cli.runfolder import Found, find
+from reft_cli.runs.assemble import build_from_checkpoint, load_base, manifest_positions, merge_generation
+from reft_cli.runs.texts import TextSide, text_side_of
+from reft_cli.tasks.objectives import predict
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A base model with a checkpoint's intervention on it, in eval mode. As a context manager it owns the hooks."""
+
+    found: Found
+    checkpoint: Checkpoint
+    model: IntervenedModel
+    text: TextSide
+
+    def __enter__(self) -> Self:
+        """Put the hooks on."""
+        self.model.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hooks off."""
+        self.model.__exit__(None, None, None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether prefix and suffix share weights."""
+        return self.checkpoint.manifest.intervention.tied
+
+    def fields_of(self, prompt: str) -> Fields:
+        """One typed prompt as the columns that the template asks for."""
+        return self.text.template.fields_from_text(prompt)
+
+    def answer(
+        self, prompts: Sequence[str | Fields], *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
+    ) -> list[Answer]:
+        """Answers in the order of the prompts. `base`: without the intervention; `raw`: prompts are used as they are.
+
+        `settings` are keys of the spec's `generation` and `seed`. A classifier answers with the name of the class, a
+        regression with the number.
+        """
+        examples = self._encode(prompts, raw=raw)
+        if self.text.kind != "causal_lm":
+            return self._predict(examples, base=base)
+        decoding, batch_size = merge_generation(self.checkpoint.manifest.generation, dict(settings))
+        return decode_all(
+            self.model,
+            examples,
+            groups=self.text.positions.groups(tied=self.tied),
+            tokenizer=self.text.tokenizer,
+            decoding=decoding,
+            batch_size=batch_size,
+            edited=not base,
+        )
+
+    def stream(
+        self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
+    ) -> Iterator[str]:
+        """Pieces of one answer as they are decoded."""
+        if self.text.kind != "causal_lm":
+            yield self.answer([prompt], settings=settings, base=base, raw=raw)[0].text
+            return
+        decoding, _ = merge_generation(self.checkpoint.manifest.generation, dict(settings))
+        streamer = TextIteratorStreamer(self.text.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failures: list[BaseException] = []
+
+        def decode() -> None:
+            try:
+                decode_batch(
+                    self.model,
+                    self._encode([prompt], raw=raw),
+                    groups=self.text.positions.groups(tied=self.tied),
+                    tokenizer=self.text.tokenizer,
+                    decoding=decoding,
+                    edited=not base,
+                    streamer=streamer,
+                )
+            except BaseException as error:  # handed to the caller's thread
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=decode, daemon=True)
+        thread.start()
+        yield from cut_at(streamer, decoding.stop)
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    def _encode(self, prompts: Sequence[str | Fields], *, raw: bool) -> list[Example]:
+        if raw:
+            plain = replace(self.text, template=TextTemplate(name="raw", prompt="{prompt}", completion="{completion}"))
+            return plain.prompts([{"prompt": each} for each in prompts])
+        return self.text.prompts([self.fields_of(each) if isinstance(each, str) else each for each in prompts])
+
+    def _predict(self, examples: Sequence[Example], *, base: bool) -> list[Answer]:
+        groups, answers = self.text.positions.groups(tied=self.tied), []
+        for example in examples:
+            pad = self.text.tokenizer.pad_token_id or 0
+            batch = build_batch([example], groups=groups, layout="padded", pad_token_id=pad).to(self.model.device)
+            with torch.inference_mode(), self.model.editing(None if base else batch.rows):
+                values = predict(self.model, batch)[0].tolist()
+            best = max(range(len(values)), key=values.__getitem__)
+            text = f"{values[0]:.4f}" if self.text.kind == "regression" else (self.text.labels or ())[best]
+            answers.append(Answer(text=text, tokens=0, finished=True))
+        return answers
+
+
+def cut_at(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces of a text up to the first stop text; what may be the beginning of one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        cuts = [at for at in map(held.find, stops) if at >= 0]
+        if cuts:
+            yield held[: min(cuts)]
+            for _ in pieces:  # let the decoder end
+                pass
+            return
+        safe = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
+        if safe:
+            yield held[:safe]
+            held = held[safe:]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How much of the end of `text` may be the beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def open_run(
+    run: Path,
+    *,
+    checkpoint: str | None = None,
+    device: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Session:
+    """Load a run or a checkpoint folder with nothing but its path; `model` says where its base lies now.
+
+    CheckpointError: there is none, it is damaged, or the base is another one. ModelError: the base cannot be loaded.
+    """
+    found = find(run, checkpoint=checkpoint)
+    stored = read_checkpoint(found.checkpoint)
+    base = stored.manifest.base
+    source = BaseSource(
+        name=model or base.name,
+        revision=None if model else base.commit,
+        dtype=dtype or stored.manifest.base.dtype,
+        device=device or "auto",
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = load_tokenizer(source)
+    text = text_side_of(stored.manifest.text, tokenizer=tokenizer, positions=manifest_positions(stored.manifest))
+    if text.kind == "classification" and not text.labels:
+        raise SpecError(f"{found.checkpoint}: a classifier without labels")
+    loaded = load_base(source, text, seed=0)
+    return Session(found, stored, build_from_checkpoint(loaded, stored), text)

@@ -1,0 +1,174 @@
+"""From a spec, or from a checkpoint's manifest, to examples: format, template and classes, chosen once.
+
+A `TextSide` is what training chose and what inference has to repeat; it is stored with the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from reft_cli.checkpoint import TextIdentity
+from reft_cli.data.encode import Encoded, Example, Overflow, TaskKind, encode_examples, encode_prompts
+from reft_cli.data.formats import Format, choose_format, format_from_dict
+from reft_cli.data.records import Rows, Source, read_rows, split_off
+from reft_cli.data.templates import Template, choose_template, template_from_dict
+from reft_cli.errors import SpecError
+from reft_cli.positions import Positions
+from reft_cli.spec.schema import DataSpec, SourceSpec, Spec, TemplateSpec
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """How rows become tokens for one run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data_format: Format
+    template: Template
+    kind: TaskKind
+    positions: Positions
+    append_eos: bool
+    max_length: int
+    on_overflow: Overflow
+    labels: tuple[str, ...] | None
+    labels_given: bool
+
+    def encode(self, rows: Rows) -> Encoded:
+        """Rows with answers or labels, as examples."""
+        return encode_examples(
+            rows,
+            tokenizer=self.tokenizer,
+            data_format=self.data_format,
+            template=self.template,
+            task_kind=self.kind,
+            positions=self.positions,
+            max_length=self.max_length,
+            on_overflow=self.on_overflow,
+            append_eos=self.append_eos,
+            classes=self.labels,
+            classes_given=self.labels_given,
+        )
+
+    def prompts(self, fields: Sequence[Mapping[str, Any]], *, places: Sequence[str] | None = None) -> list[Example]:
+        """Rows without answers, as examples."""
+        return encode_prompts(
+            fields, tokenizer=self.tokenizer, template=self.template, task_kind=self.kind, places=places
+        )
+
+    def identity(self, metric: str) -> TextIdentity:
+        """What a checkpoint keeps of it."""
+        return TextIdentity(
+            kind=self.kind,
+            metric=metric,
+            format=self.data_format.to_dict(),
+            template=self.template.to_dict(),
+            labels=list(self.labels) if self.labels else None,
+            labels_given=self.labels_given,
+            append_eos=self.append_eos,
+            max_length=self.max_length,
+            on_overflow=self.on_overflow,
+        )
+
+
+def text_side_of(stored: TextIdentity, *, tokenizer: PreTrainedTokenizerBase, positions: Positions) -> TextSide:
+    """The text side that a checkpoint was trained with."""
+    return TextSide(
+        tokenizer=tokenizer,
+        data_format=format_from_dict(stored.format),
+        template=template_from_dict(stored.template),
+        kind=stored.kind,
+        positions=positions,
+        append_eos=stored.append_eos,
+        max_length=stored.max_length,
+        on_overflow=stored.on_overflow,
+        labels=tuple(stored.labels) if stored.labels else None,
+        labels_given=stored.labels_given,
+    )
+
+
+def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> TextSide:
+    """The text side of a spec, with format and template chosen by the columns of its training rows."""
+    data, template = spec.data, spec.data.template
+    given = (template.prompt, template.completion) if isinstance(template, TemplateSpec) else template
+    columns = list(rows.rows[0])
+    data_format = choose_format(
+        columns,
+        where=rows.where(0),
+        requested=data.format,
+        mapping=data.columns,
+        any_columns=isinstance(given, tuple) and given[1] is not None,
+    )
+    return TextSide(
+        tokenizer=tokenizer,
+        data_format=data_format,
+        template=choose_template(
+            given, data_format=data_format, task_kind=spec.task.kind, columns=columns, tokenizer=tokenizer
+        ),
+        kind=spec.task.kind,
+        positions=Positions.parse(spec.intervention.positions),
+        append_eos=data.append_eos,
+        max_length=data.max_length,
+        on_overflow=data.on_overflow,
+        labels=tuple(spec.task.labels) if spec.task.labels else None,
+        labels_given=spec.task.labels is not None,
+    )
+
+
+def source_of(data: DataSpec, split: str) -> Source:
+    """Where the rows of `train`, `validation` or `test` come from. SpecError: the spec does not say."""
+    given = getattr(data, split)
+    if given is None:
+        raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")
+    assert not isinstance(given, float), "a fraction is not a source"
+    if isinstance(given, str):
+        return Source(path=given, split=None if _names_a_split(given) else split)
+    path = given.path
+    if path is None:
+        train = data.train
+        path = train.path if isinstance(train, SourceSpec) else train
+    if path is None:
+        raise SpecError(f"data.{split}.path: missing, and data.train has none either")
+    chosen = given.split or (None if _names_a_split(path) else split)
+    return Source(path=path, split=chosen, subset=given.subset, revision=given.revision, limit=given.limit)
+
+
+def _names_a_split(path: str) -> bool:
+    """Whether a path is one split already: a file, or bundled:NAME/SPLIT."""
+    return path.endswith((".jsonl", ".json", ".csv", ".parquet")) or (path.startswith("bundled:") and "/" in path)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The encoded rows of a run, and what they were made from."""
+
+    text: TextSide
+    train: Encoded
+    validation: Encoded | None
+    fingerprints: dict[str, str]
+
+
+def load_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Read and encode the training and validation rows of a spec."""
+    rows, held_out = read_rows(source_of(spec.data, "train")), None
+    if isinstance(spec.data.validation, float):
+        rows, held_out = split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
+    elif spec.data.validation is not None:
+        held_out = read_rows(source_of(spec.data, "validation"))
+    text = choose_text_side(spec, rows, tokenizer)
+    train = text.encode(rows)
+    text = replace(text, labels=train.classes)
+    if held_out is not None and spec.evaluation.limit:
+        held_out = held_out.take(range(min(spec.evaluation.limit, len(held_out))))
+    validation = None if held_out is None else text.encode(held_out)
+    fingerprints = {"train": rows.fingerprint}
+    if held_out is not None:
+        fingerprints["validation"] = held_out.fingerprint
+    return TrainingData(text, train, validation, fingerprints)
+
+
+def without_answers(examples: Sequence[Example]) -> list[Example]:
+    """The prompts of examples, with the very ids that they have there."""
+    return [replace(each, input_ids=each.input_ids[: each.prompt_length]) for each in examples]

@@ -1,0 +1,355 @@
+"""`train`: from a spec to a run folder with checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from reft_cli.checkpoint import read_checkpoint, read_training_state, write_checkpoint
+from reft_cli.data.batch import Layout
+from reft_cli.errors import CheckpointError, Interrupted, MemoryExhausted, ReftError, SpecError, exit_code
+from reft_cli.evaluation.metrics import LOWER_IS_BETTER
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseModel, load_tokenizer
+from reft_cli.runfolder import RunFolder, Status
+from reft_cli.runs.assemble import (
+    base_source,
+    build_from_spec,
+    decoding_of,
+    evaluator_of,
+    load_base,
+    load_trainables,
+    manifest_fields,
+    token_budget,
+)
+from reft_cli.runs.resuming import check_same_run
+from reft_cli.runs.texts import TrainingData, load_training_data, without_answers
+from reft_cli.spec.load import LoadedSpec
+from reft_cli.spec.resolved import resolved_yaml
+from reft_cli.spec.schema import Spec
+from reft_cli.tasks.objectives import TASKS
+from reft_cli.training.loop import Hooks, Trainer, TrainSettings
+from reft_cli.training.observer import Observer
+from reft_cli.training.state import Progress, seed_everything
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    run: Path
+    step: int
+    metrics: dict[str, float]
+    """The last loss, and the best validation score under its name."""
+    best: Path | None
+    reason: str
+
+
+def run_path(spec: Spec, *, loaded_name: str, output: Path | None, name: str | None) -> Path:
+    """The run folder: flags, then `output` and `name` of the spec, then the spec file's name."""
+    return output or Path(spec.output.format(name=name or spec.name or loaded_name))
+
+
+def train(
+    loaded: LoadedSpec,
+    *,
+    output: Path | None = None,
+    name: str | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    max_steps: int | None = None,
+    observer: Observer,
+) -> TrainResult:
+    """Train what a spec asks for; `resume` is `last` or a step of a run that was begun before.
+
+    Every ReftError may come; the run folder then says failed or interrupted, and keeps its checkpoints.
+    """
+    spec = loaded.spec
+    if max_steps is not None:
+        spec = spec.model_copy(update={"train": spec.train.model_copy(update={"max_steps": max_steps})})
+    path = run_path(spec, loaded_name=loaded.path.stem, output=output, name=name)
+    if RunFolder(path).exists() and not (resume or overwrite):
+        RunFolder.create(path)  # raises, before anything is loaded
+    _check_trackers(spec)
+    _set_determinism(spec.train.deterministic)
+    tokenizer = load_tokenizer(base_source(spec.model))
+    data = load_training_data(spec, tokenizer)
+    seed_everything(spec.train.seed)
+    base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
+    model = build_from_spec(base, spec)
+    run = RunFolder.create(path, resume=resume is not None, overwrite=overwrite)
+    work = _Work(run=run, spec=spec, base=base, model=model, data=data, observer=observer)
+    if resume is not None:
+        check_same_run(run, spec, data.fingerprints, observer)
+    run.write_spec(loaded.text, resolved=resolved_yaml(loaded))
+    run.begin(command=sys.argv, facts=work.facts())
+    with _recorded(run, observer, spec), stop_signals() as signals:
+        return work.train(resume=resume, signals=signals)
+
+
+class _Work:
+    """One run while it is trained: what the loop is given to call."""
+
+    def __init__(
+        self,
+        *,
+        run: RunFolder,
+        spec: Spec,
+        base: BaseModel,
+        model: IntervenedModel,
+        data: TrainingData,
+        observer: Observer,
+    ) -> None:
+        self.run, self.spec, self.base, self.model, self.data = run, spec, base, model, data
+        self.observer = observer
+        self.accelerator = Accelerator(
+            cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps of the set-up."""
+        device = self.model.device
+        return {
+            "devices": [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type],
+            "processes": self.accelerator.num_processes,
+            "base": {
+                "name": self.base.name,
+                "commit": self.base.commit,
+                "shape_hash": self.base.shape_hash,
+                "dtype": str(next(self.model.base_model.parameters()).dtype).removeprefix("torch."),
+                "parameters": self.model.base_count(),
+            },
+            "trainable": self.model.trainable_count(),
+            "data": {
+                split: {"name": encoded.name, "read": encoded.counts.read, "used": encoded.counts.used}
+                | {"fingerprint": self.data.fingerprints[split]}
+                for split, encoded in (("train", self.data.train), ("validation", self.data.validation))
+                if encoded is not None
+            },
+            "layout": self._layout(),
+            "micro_batch": self.spec.train.micro_batch_size,
+            "token_budget": token_budget(device),
+        }
+
+    def train(self, *, resume: str | None, signals: StopSignals) -> TrainResult:
+        """Run the loop to its end and close the folder's books."""
+        spec, train = self.spec, self.spec.train
+        self.model.checkpoint_activations(train.gradient_checkpointing)
+        seed_everything(train.seed)
+        trainer = Trainer(
+            self.model,
+            task=TASKS[spec.task.kind],
+            examples=self.data.train.examples,
+            groups=self.data.text.positions.groups(tied=spec.intervention.tied),
+            pad_token_id=self.data.text.tokenizer.pad_token_id or 0,
+            settings=self._settings(),
+            accelerator=self.accelerator,
+            observer=self.observer,
+            hooks=Hooks(
+                validate=self._validate if self.data.validation is not None else None,
+                save=self._save,
+                mark_best=lambda step: self.run.link("best", self.run.checkpoint(step)),
+                log=self._log,
+                stop_signal=lambda: signals.received,
+                last_good=self._last_good,
+            ),
+        )
+        if resume is not None:
+            self._restore(trainer, resume)
+        if spec.log:
+            self.accelerator.init_trackers("reft", config={"run": self.run.path.name})
+        with self.model:
+            reason = trainer.run()
+        if spec.log:
+            self.accelerator.end_training()
+        return self._finish(trainer.progress, reason)
+
+    def _settings(self) -> TrainSettings:
+        train, checkpoint = self.spec.train, self.spec.checkpoint
+        best = checkpoint.best or str(self.spec.task.metric)
+        return TrainSettings(
+            epochs=train.epochs,
+            max_steps=train.max_steps,
+            learning_rate=train.learning_rate,
+            schedule=train.schedule,
+            warmup_ratio=train.warmup_ratio,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=None if train.micro_batch_size == "auto" else train.micro_batch_size,
+            token_budget=token_budget(self.model.device),
+            layout=self._layout(),
+            seed=train.seed,
+            log_every=train.log_every,
+            diverge_factor=train.diverge_factor,
+            validate_every=self.spec.evaluation.every,
+            save_every=checkpoint.every,
+            patience=checkpoint.patience,
+            lower_is_better=best in LOWER_IS_BETTER,
+            best_metric=best,
+        )
+
+    def _layout(self) -> Layout:
+        wanted = self.spec.train.layout
+        if wanted == "packed" and not TASKS[self.spec.task.kind].can_pack:
+            raise SpecError(f"train.layout: packed does not go with task.kind {self.spec.task.kind}; write padded")
+        return "padded" if wanted == "auto" else wanted
+
+    def _validate(self) -> dict[str, float]:
+        assert self.data.validation is not None
+        examples = self.data.validation.examples
+        generation = self.spec.generation
+        metric = self.spec.checkpoint.best or str(self.spec.task.metric)
+        evaluator = evaluator_of(
+            self.data.text,
+            metric=metric,
+            decoding=decoding_of(generation),
+            batch_size=generation.batch_size,
+            device=self.model.device,
+            tied=self.spec.intervention.tied,
+        )
+        return evaluator.run(self.model, examples, prompts=without_answers(examples)).metrics
+
+    def _save(self, progress: Progress, state: dict[str, Tensor]) -> None:
+        path = self.run.checkpoint(progress.step)
+        fields = manifest_fields(
+            spec=self.spec, base=self.base, model=self.model, text=self.data.text, step=progress.step
+        )
+        write_checkpoint(
+            path, tensors=self.model.trainable_state(), manifest=fields, training=(state, progress.to_json())
+        )
+        self.run.link("last", path)
+        self.run.prune(self.spec.checkpoint.keep)
+        self.observer.on_checkpoint(progress.step, path)
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        self.run.append_metrics({"step": step} | values)
+        if self.spec.log:
+            self.accelerator.log(values, step=step)
+
+    def _last_good(self) -> str:
+        there = self.run.checkpoints()
+        if not there:
+            return "There is no checkpoint yet."
+        return f"Last good checkpoint: {there[-1].relative_to(self.run.path)}."
+
+    def _restore(self, trainer: Trainer, which: str) -> None:
+        path = self.run.select(which)
+        checkpoint = read_checkpoint(path)
+        load_trainables(self.model, checkpoint)
+        tensors, state = read_training_state(path)
+        try:
+            progress = Progress(**state)
+            trainer.resume(progress, tensors)
+        except (TypeError, KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its training state is damaged: {error}") from error
+        self.run.truncate_metrics(after=progress.step)
+        for later in self.run.checkpoints():
+            if int(later.name.removeprefix("step_")) > progress.step:
+                shutil.rmtree(later)
+        self.run.link("last", path)
+        if progress.best_step is not None and self.run.checkpoint(progress.best_step).is_dir():
+            self.run.link("best", self.run.checkpoint(progress.best_step))
+        self.observer.on_message("info", f"going on from step {progress.step} of {trainer.steps}")
+
+    def _finish(self, progress: Progress, reason: str) -> TrainResult:
+        metrics = {"loss": progress.recent_losses[-1]}
+        if progress.best_score is not None:
+            best = self.spec.checkpoint.best or str(self.spec.task.metric)
+            metrics[f"validation_{best}"] = progress.best_score
+        self.run.note({"step": progress.step, "metrics": metrics, "seconds": round(progress.seconds, 2)})
+        self.run.finish("done", exit_code=0, reason=reason)
+        self.run.write_card()
+        self.observer.on_end(reason)
+        return TrainResult(self.run.path, progress.step, metrics, self.run.linked("best"), reason)
+
+
+@contextmanager
+def _recorded(run: RunFolder, observer: Observer, spec: Spec) -> Iterator[None]:
+    """Whatever ends the run is written into run.json, and running out of memory becomes advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = _memory_advice(spec, error)
+        run.finish("failed", exit_code=advice.code, reason=str(advice))
+        observer.on_end("failed")
+        raise advice from error
+    except ReftError as error:
+        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        run.finish(status, exit_code=exit_code(error), reason=str(error))
+        observer.on_end(status)
+        raise
+    except BaseException as error:
+        run.finish("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
+        observer.on_end("failed")
+        raise
+
+
+def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
+    train, first = spec.train, str(error).split(". ")[0]
+    ways = ["train.gradient_checkpointing: true"] if not train.gradient_checkpointing else []
+    if train.micro_batch_size != 1:
+        smaller = 1 if train.micro_batch_size == "auto" else max(1, train.micro_batch_size // 2)
+        ways.insert(0, f"train.micro_batch_size: {smaller}")
+    ways.append(f"data.max_length: {spec.data.max_length // 2}")
+    return MemoryExhausted(
+        f"{first}.\n  Try, in order: {'; '.join(ways)}. They leave the result as it is but the last."
+    )
+
+
+@dataclass
+class StopSignals:
+    """The signal that asked the run to stop, if one came."""
+
+    received: int | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """SIGINT and SIGTERM are noted, and the run stops after the step it is in; a second one ends it at once."""
+    state = StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield state
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        if state.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        state.received = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_trackers(spec: Spec) -> None:
+    for tracker in spec.log:
+        if importlib.util.find_spec(TRACKER_PACKAGES[tracker]) is None:
+            extra = "pip install 'reft[track]'" if tracker == "tensorboard" else f"pip install {tracker}"
+            raise SpecError(f"log: {tracker} is not installed: {extra}")
+
+
+def _set_determinism(wanted: bool) -> None:
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
