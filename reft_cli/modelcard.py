@@ -61,7 +61,7 @@ def _summary(base: str, spec: Mapping[str, Any], record: Mapping[str, Any]) -> s
         "Component": edit.get("component"),
         "Positions": edit.get("positions"),
         "Rank": edit.get("rank"),
-        "Trained parameters": _count(record.get("trainable_parameters"), record.get("total_parameters")),
+        "Trained parameters": _count(record.get("trainable"), record.get("base", {}).get("parameters")),
         "Task": task.get("kind"),
         "Training rows": counts.get("train", {}).get("used") if isinstance(counts, Mapping) else None,
         "Status": record.get("status"),

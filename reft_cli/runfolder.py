@@ -146,7 +146,7 @@ class RunFolder:
                 "status": "running",
                 "exit_code": None,
                 "reason": None,
-                "command": without_secrets(command),
+                "command": without_secrets([Path(command[0]).name, *command[1:]]),
                 "started": _now(),
                 "ended": None,
                 "versions": versions(),
@@ -180,14 +180,14 @@ class RunFolder:
         return found
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        write_atomic(self.record, json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(self.record, json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
 
     # ---- metrics.jsonl
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line, on disk when this returns; NaN and infinity become null."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines; a last one that a kill tore is left out."""
@@ -376,12 +376,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401  any JSON value
+def finite(value: Any) -> Any:  # noqa: ANN401  any JSON value
     """The same value with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

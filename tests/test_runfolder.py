@@ -17,7 +17,7 @@ SPEC = "model: bundled:tiny-llama  # as written\n"
 
 def make_run(path: Path, *, steps: tuple[int, ...] = (), status: str = "done") -> RunFolder:
     run = RunFolder.create(path)
-    run.begin(command=["reft", "train"], facts={"base": {"name": "org/model", "commit": "abc"}})
+    run.begin(command=["/usr/bin/reft", "train"], facts={"base": {"name": "org/model", "commit": "abc"}})
     run.write_spec(
         SPEC, resolved=yaml.safe_dump({"model": {"name": "org/model"}, "intervention": {"method": "loreft"}})
     )
@@ -147,6 +147,7 @@ def test_the_record_tells_status_versions_and_command(tmp_path):
     assert record["status"] == "running" and record["name"] == "x" and record["ended"] is None
     assert set(record["versions"]) >= {"python", "torch", "transformers", "reft"}
     assert record["base"] == {"name": "org/model", "commit": "abc"}
+    assert record["command"] == ["reft", "train"]
     run.note({"micro_batch_size": 4})
     run.finish("failed", exit_code=6, reason="diverged")
     record = run.read()
@@ -367,9 +368,10 @@ def test_evaluations_by_name(tmp_path):
 def test_the_card_tells_model_method_scores_and_spec(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = make_run(Path("runs/x"), steps=(4,))
+    run.append_metrics({"step": 4, "loss": 1.0})
     run.append_metrics({"step": 4, "validation_exact_match": 0.875})
     run.evaluation("test").write_text(json.dumps({"metrics": {"exact_match": 0.9}}))
-    run.note({"trainable_parameters": 1000, "total_parameters": 1_000_000})
+    run.note({"trainable": 1000, "base": {"name": "org/model", "parameters": 1_000_000}})
     run.write_card()
     card = run.card.read_text()
     assert card.startswith("---\nlibrary_name: reft\n") and "base_model: org/model\n" in card

@@ -20,9 +20,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from reft_cli import __version__
-from reft_cli.cli import console, doctor, init, options, runs, schema
+from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, train
 from reft_cli.environment import versions, without_secrets
-from reft_cli.errors import ReftError
+from reft_cli.errors import MemoryExhausted, Problem, ReftError
 
 # Typer exports only this one of the errors it makes itself; its grandparent is the class of them all.
 TyperError: Any = typer.BadParameter.__mro__[2]
@@ -38,6 +38,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("train", cls=train.TrainCommand)(train.train)
+app.command("eval")(eval.evaluate)
+app.command("infer")(infer.infer)
+app.command("check")(check.check)
 app.command()(init.init)
 app.command()(schema.schema)
 app.add_typer(runs.app)
@@ -86,7 +90,7 @@ def _run(words: list[str]) -> int:
     except OSError as error:
         return _machine_fault(error) if error.errno in MACHINE_FAULTS else _bug(error, words)
     except Exception as error:
-        return _bug(error, words)
+        return _out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else _bug(error, words)
     return _interrupted() if code == 130 else code or 0
 
 
@@ -112,6 +116,12 @@ def _nobody_reads() -> int:
 def _machine_fault(error: OSError) -> int:
     """A full disk and the like: neither the user's doing nor a fault of ours."""
     return console.fail(ReftError(f"{error.filename or 'reft'}: {(error.strerror or str(error)).lower()}"))
+
+
+def _out_of_memory(error: Exception) -> int:
+    """torch's error from a command that has no better advice of its own; torch need not be imported to know it."""
+    hint = "Try a smaller --batch-size or --max-new-tokens, another --device, or a machine with more memory."
+    return console.fail(MemoryExhausted(Problem(str(error).split(". ")[0], hint=hint)))
 
 
 def _bug(error: Exception, words: list[str]) -> int:

@@ -98,8 +98,10 @@ def result(text: str) -> None:
 
 
 def result_json(value: Any) -> None:  # noqa: ANN401  any JSON value
-    """Print one JSON value on one line."""
-    result(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Print one JSON value on one line; NaN and infinity become null."""
+    from reft_cli.runfolder import finite
+
+    result(json.dumps(finite(value), ensure_ascii=False, allow_nan=False))
 
 
 def result_rich(renderable: RenderableType) -> None:

@@ -47,3 +47,22 @@ Checkpoint = Annotated[
     str | None,
     typer.Option("--checkpoint", help="best, last or a step. Without it the best, else the last.", metavar="WHICH"),
 ]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, mps, cuda or cuda:N; without it the fastest.", metavar="DEVICE")
+]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", help="Where the base model lies now, if it has moved.", metavar="NAME")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository brings.")
+]
+
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", min=1, metavar="N")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="0: always the same answer; above: sampling.", min=0, metavar="T")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Probability that is sampled from.", min=1e-9, max=1, metavar="P")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Tokens that are sampled from; 0: all.", min=0, metavar="K")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the sampling.", min=0, metavar="N")]

@@ -56,8 +56,8 @@ class PlainProgress:
         return (time.monotonic() - self._began) / max(done, 1) * (total - done)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Print the scores."""
-        if record.metrics:
+        """Print the scores, while training; what `reft eval` finds is its result and goes to stdout."""
+        if self.unit == "step":
             console.say(evaluation_line(record))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
@@ -134,9 +134,12 @@ class LiveProgress(PlainProgress):
         super().on_evaluation(record)
 
 
-def progress() -> PlainProgress:
-    """The observer that fits stderr and the flags; to be used in a `with`."""
-    return LiveProgress() if console.is_live() else PlainProgress()
+def progress(*, live: bool = True) -> PlainProgress:
+    """The observer that fits stderr and the flags; to be used in a `with`.
+
+    `live=False` for work that writes to stdout while it goes on, whose terminal a display would share.
+    """
+    return LiveProgress() if live and console.is_live() else PlainProgress()
 
 
 def _opening(steps: int, start_step: int, summary: Mapping[str, object]) -> str:

@@ -1,0 +1,118 @@
+"""`reft check`: what a spec would do. The data, one row as the model sees it, the parameters, memory and steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reft_cli.cli import console, options, progress
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from reft_cli.data.report import DataReport, Token
+    from reft_cli.runs import CheckReport
+    from reft_cli.runs.check import ModelReport
+
+ESCAPES = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})
+
+
+def check(
+    spec: options.SpecFile,
+    sets: options.Sets = [],  # noqa: B006  Typer reads the default and never hands it out
+    rows: Annotated[int, typer.Option("--rows", help="Training rows to show token by token.", min=0)] = 1,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Load the tokenizer only, not the weights.")] = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show what a spec would do, without training."""
+    from reft_cli.spec import load_spec
+
+    loaded = load_spec(spec, overrides=sets)
+    from reft_cli import runs
+
+    report = runs.check(loaded, with_model=not no_model, rows=rows)
+    if as_json:
+        console.result_json(report.to_dict() | {"warnings": report.warnings})
+        return
+    _print(report)
+    for warning in report.warnings:
+        console.warn(warning)
+
+
+def _print(report: CheckReport) -> None:
+    facts = [["spec", f"{report.spec}: ok"]]
+    if report.model:
+        facts += _model_facts(report.model)
+    each = f"{report.steps_per_epoch:,} an epoch"
+    facts.append(["steps", f"{report.steps:,} ({each})"])
+    console.result_table(["", ""], facts)
+    console.result("")
+    _print_data(report.data)
+    for row in report.rows:
+        console.result(f"\nrow {row.row}")
+        if console.is_terminal(sys.stdout):
+            console.result_rich(painted(row.tokens))
+        else:
+            console.result(marked(row.tokens))
+    console.result(f"\nnext: {report.next_command}")
+
+
+def _model_facts(model: ModelReport) -> list[list[str]]:
+    memory = progress.gibibytes(model.estimate.memory_bytes)
+    work = f"{progress.thousands(model.estimate.tokens)} tokens, {model.estimate.operations:.1e} operations"
+    return [
+        ["model", f"{model.name}: {model.base_parameters:,} parameters, {model.dtype} on {model.device}"],
+        ["trainable", f"{model.trainable_parameters:,} ({model.percent:.3g} %) = {model.arithmetic}"],
+        ["memory", f"about {memory} for training"],
+        ["work", work],
+    ]
+
+
+def _print_data(data: dict[str, DataReport]) -> None:
+    counts = ["rows", "used", "dropped", "cut"]
+    lengths = ["prompt p50", "p95", "max", "answer p50", "p95", "max"]
+    lines = []
+    for split, report in data.items():
+        kept = report.counts
+        spans = (report.prompt, report.answer)
+        numbers = [kept.read, kept.used, kept.dropped.count, kept.cut.count]
+        numbers += [value for span in spans for value in (span.p50, span.p95, span.max)]
+        lines.append([split, report.name, *(f"{number:,}" for number in numbers)])
+    console.result_table(["split", "data", *counts, *lengths], lines, right=[*counts, *lengths])
+    for split, report in data.items():
+        if report.labels:
+            console.result(
+                f"{split} labels: " + ", ".join(f"{name} {count:,}" for name, count in report.labels.items())
+            )
+
+
+def marked(tokens: Iterable[Token]) -> str:
+    """One line: `[f3+l3]Review: A[/] slow film[f3+l3]\\nSentiment:[/][answer] negative[/]`."""
+    return "".join(f"[{mark}]{text}[/]" if mark else text for mark, text in _stretches(tokens)).translate(ESCAPES)
+
+
+def _stretches(tokens: Iterable[Token]) -> Iterator[tuple[str, str]]:
+    """(mark, text) of tokens that are alike; the mark of plain prompt is empty."""
+
+    def mark(token: Token) -> str:
+        return " ".join([*token.groups, *(["answer"] if token.is_answer else [])])
+
+    for name, alike in groupby(tokens, key=mark):
+        yield name, "".join(token.text for token in alike)
+
+
+def painted(tokens: Iterable[Token]) -> Text:
+    """For a terminal: the prompt dim, the answer green, edited tokens underlined."""
+    from rich.text import Text
+
+    text = Text()
+    for token in tokens:
+        style = "green" if token.is_answer else "dim"
+        text.append(token.text, style=f"{style} underline" if token.groups else style)
+    return text

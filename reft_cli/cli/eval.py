@@ -1,0 +1,107 @@
+"""`reft eval`: scores of a run on a split, as a table or as JSON; `--fail-under` makes them a gate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reft_cli.cli import console, options
+from reft_cli.cli.progress import duration, progress
+from reft_cli.errors import BelowThreshold, SpecError
+
+if TYPE_CHECKING:
+    from reft_cli.runs import EvalReport
+    from reft_cli.runs.evaluate import Base
+
+LESS_IS_BETTER = ("loss", "perplexity")
+
+
+def evaluate(
+    run: options.RunPath,
+    data: Annotated[
+        str | None, typer.Option("--data", help="A file, folder, hub id or bundled:NAME/SPLIT.", metavar="DATA")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the run's own data, or of --data.")] = "test",
+    checkpoint: options.Checkpoint = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows.", min=1, metavar="N")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Prompts decoded together.", min=1, metavar="N")
+    ] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the base model too.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Score the base model only.")] = False,
+    fail_under: Annotated[
+        list[str],
+        typer.Option("--fail-under", help="Exit with 7 below this, e.g. accuracy=0.6.", metavar="METRIC=X"),
+    ] = [],  # noqa: B006  Typer reads the default and never hands it out
+    device: options.Device = None,
+    model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+) -> None:
+    """Score a run on a split."""
+    gates = [_gate(text) for text in fail_under]
+    if base and compare_base:
+        raise SpecError("--base scores the base only and --compare-base both; give one of them")
+    which: Base = "only" if base else "compare" if compare_base else "none"
+    from reft_cli import runs
+
+    with progress() as observer:
+        report = runs.evaluate(
+            run,
+            checkpoint=checkpoint,
+            data=data,
+            split=split,
+            limit=limit,
+            batch_size=batch_size,
+            base=which,
+            device=device,
+            model=model,
+            trust_remote_code=trust_remote_code,
+            observer=observer,
+        )
+    if as_json:
+        console.result_json(report.to_dict())
+    else:
+        _print(report)
+    hold(report.metrics or report.base_metrics, gates)
+
+
+def _print(report: EvalReport) -> None:
+    columns = {"base": report.base_metrics, "run": report.metrics}
+    shown = {name: scores for name, scores in columns.items() if scores}
+    metrics = list(dict.fromkeys(metric for scores in shown.values() for metric in scores))
+    rows = [[metric, *(f"{scores[metric]:.4f}" for scores in shown.values())] for metric in metrics]
+    if len(shown) == 2:
+        for row, metric in zip(rows, metrics, strict=True):
+            row.append(f"{report.metrics[metric] - report.base_metrics[metric]:+.4f}")
+    headers = ["metric", *shown, *(["difference"] if len(shown) == 2 else [])]
+    console.result_table(headers, rows, right=headers[1:])
+    console.say(f"{report.rows:,} rows of {report.data} in {duration(report.seconds)}, checkpoint {report.checkpoint}")
+    if report.path:
+        console.say(f"kept in {report.path}")
+
+
+def _gate(text: str) -> tuple[str, float]:
+    """`accuracy=0.6` as ("accuracy", 0.6)."""
+    name, _, number = text.partition("=")
+    try:
+        least = float(number)
+    except ValueError:
+        raise SpecError(f"--fail-under {text}: write METRIC=NUMBER, for example accuracy=0.6") from None
+    if name in LESS_IS_BETTER:
+        raise SpecError(f"--fail-under {text}: a low {name} is a good one; use a score that grows")
+    return name, least
+
+
+def hold(scores: dict[str, float], gates: list[tuple[str, float]]) -> None:
+    """BelowThreshold with every score that is below its gate; SpecError if there is no such score."""
+    unknown = [name for name, _ in gates if name not in scores]
+    if unknown:
+        raise SpecError(f"--fail-under {unknown[0]}: no such score; there are {', '.join(scores)}")
+    below = [f"{name} is {scores[name]:.4f}, below {least:g}" for name, least in gates if not scores[name] >= least]
+    if below:
+        raise BelowThreshold(*below)
