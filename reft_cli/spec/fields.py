@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,10 +19,11 @@ LISTED_KEYS = 8
 
 @dataclass(frozen=True)
 class Branch:
-    """One of the types that a field takes, with its bounds."""
+    """One of the types that a field takes, with its bounds; `nullable` if the field takes null too."""
 
     type: Any
     metadata: tuple[Any, ...] = ()
+    nullable: bool = False
 
     @property
     def section(self) -> type[Section] | None:
@@ -54,7 +55,9 @@ def branches(annotation: Any, metadata: tuple[Any, ...] = ()) -> list[Branch]:  
         inner, *more = get_args(annotation)
         return branches(inner, (*metadata, *_flat(more)))
     if get_origin(annotation) in (Union, types.UnionType):
-        return [branch for part in get_args(annotation) for branch in branches(part, metadata)]
+        parts = get_args(annotation)
+        found = [branch for part in parts for branch in branches(part, metadata)]
+        return [replace(branch, nullable=True) for branch in found] if type(None) in parts else found
     return [] if annotation is type(None) else [Branch(annotation, metadata)]
 
 

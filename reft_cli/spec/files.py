@@ -22,8 +22,8 @@ def read_text(path: Path) -> str:
         raise SpecError(here.problem(*missing(path))) from None
     except IsADirectoryError:
         raise SpecError(here.problem(_folder(path))) from None
-    except (OSError, ValueError) as error:  # ValueError: the name holds U+0000
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise SpecError(here.problem(f"cannot be read: {reason[:1].lower()}{reason[1:]}")) from None
     if len(content) > LARGEST_FILE:
         raise SpecError(here.problem(f"larger than {LARGEST_FILE // 1024} KiB; this is no spec"))

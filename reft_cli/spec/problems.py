@@ -17,13 +17,25 @@ from pydantic_core import ErrorDetails
 from reft_cli.errors import Problem
 from reft_cli.spec.fields import Branch, in_words, keys_in, options
 from reft_cli.spec.names import nearest_keys
-from reft_cli.spec.quoting import KeyPath, dotted, listed, printable
+from reft_cli.spec.quoting import KeyPath, dotted, listed, printable, yaml_inline
 from reft_cli.spec.scalars import read_scalar
 from reft_cli.spec.schema import Conflict, Spec
 from reft_cli.spec.yaml_tree import Node
 
-SWITCHES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-OTHER_OPTIONS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "nodireft": "direft"}
+OTHER_WORDS = {
+    "yes": "true",
+    "on": "true",
+    "y": "true",
+    "no": "false",
+    "off": "false",
+    "n": "false",
+    "none": "null",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "nodireft": "direft",
+}
 STAND_IN = "?"  # the value of a required key whose own value is wrong, so that the rest can be checked
 
 
@@ -62,11 +74,11 @@ def validate(root: Node, *, problems: list[Problem]) -> Spec | None:
         new = [item for item in found if not _known(item.path, faulty)]
         if not new:
             return None
-        for item in sorted(new, key=lambda item: not item.unknown):
+        faulty |= {key for item in new for key in item.meant if not _node_at(root, key)}  # else missed as well
+        for item in new:
             if not (_known(item.path, faulty) or any(_known(key, faulty) for key in item.keys)):
                 problems.append(_problem(item, root))
             faulty.add(item.path)
-            faulty |= {key for key in item.meant if not _node_at(root, key)}  # else it would be missed as well
             _take_out(tree, item.path, needed=not item.unknown and not _node_at(root, item.path))
 
 
@@ -240,16 +252,17 @@ def _advice(node: Node, wanted: list[Branch]) -> tuple[str, str | None]:
     if str in types and not {int, float, bool} & {*types} and bare is not None and not isinstance(node.value, str):
         return "; put it in quotes", f'"{printable(node.text)}"'
     if any(branch.container is list for branch in wanted) and bare is not None:
-        return f"; write `[{printable(node.text)}]`", f"[{printable(node.text)}]"
-    guess = _guess(node.text, [*words, *(("true", "false") if bool in types else ())])
+        return f"; write `{(listing := yaml_inline([bare]))}`", listing
+    others = (["true", "false"] if bool in types else []) + (["null"] if wanted[0].nullable else [])
+    guess = _guess(node.text, words, others=others)
     return (f"; did you mean `{guess}`?", guess) if guess else ("", None)
 
 
-def _guess(text: str, words: list[str]) -> str | None:
+def _guess(text: str, words: list[str], *, others: list[str]) -> str | None:
+    """The nearest of the words, or of what other tools call them; `others` only by another name."""
     plain = text.lower()
-    for other in (SWITCHES.get(plain), OTHER_OPTIONS.get(plain)):
-        if other in words:
-            return other
+    if OTHER_WORDS.get(plain) in [*words, *others]:
+        return OTHER_WORDS[plain]
     by_letters = {word.lower(): word for word in words}
     near = get_close_matches(plain, by_letters, 1, 0.5)
     return by_letters[near[0]] if near else None

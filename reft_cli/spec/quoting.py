@@ -19,7 +19,7 @@ LONGEST = 60
 def printable(text: str, *, limit: int = LONGEST) -> str:
     """Text for a message: control characters escaped, the end cut off when it is long."""
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(ch if ch.isprintable() else _escape(ch) for ch in shown)
+    return "".join(ch if ch.isprintable() else ESCAPES.get(ch, _escape(ch)) for ch in shown)
 
 
 def dotted(path: KeyPath) -> str:

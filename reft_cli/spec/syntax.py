@@ -49,7 +49,7 @@ WORDS: tuple[tuple[str, str, bool], ...] = (
         False,
     ),
     (r"expected ',' or '.', but got '<stream end>'", "the bracket that opens here is never closed", True),
-    (r"expected ',' or '(.)'", "expected `,` or `{0}`, and found something else", False),
+    (r"expected ',' or '(.)'", "`,` or `{0}` is missing before this", False),
     (r"invalid indentation or unclosed", "wrong indentation, or a `[` or `{{` that is never closed", False),
     (r"expected <block end>", INDENTATION, False),
     (r"expected the node content", "a value cannot start like this; put it in quotes", False),
