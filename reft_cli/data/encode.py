@@ -277,6 +277,8 @@ def _prompts(
     else:
         prefix = text.prefix if template.special_tokens else []
         ids = [prefix + each for each in text.ids(prompts)]
+    if [] in ids:
+        raise DataError(f"{places[ids.index([])]}: the prompt is empty and has no token")
     return [
         Example(each, len(each), None, prompt, "", row, kind)
         for each, prompt, row, kind in zip(ids, prompts, numbers, types or [None] * len(ids), strict=True)

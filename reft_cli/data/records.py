@@ -70,6 +70,11 @@ class Rows:
         return Rows(self.name, [self.rows[index] for index in chosen], [self.numbers[index] for index in chosen], lines)
 
     @cached_property
+    def columns(self) -> list[str]:
+        """Every column that a row has, in the order of appearance."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the rows' content and order; the file's name and format do not count."""
         digest = hashlib.sha256()

@@ -77,10 +77,10 @@ class Template(ABC):
 class TextTemplate(Template):
     """Text with placeholders; `prompt_without_input` is used for rows whose `input` is absent or empty."""
 
-    name: str
     prompt: str
     completion: str
     prompt_without_input: str | None = None
+    name: str = "inline"
 
     @property
     def prompt_fields(self) -> tuple[str, ...]:
@@ -256,9 +256,9 @@ def placeholders(text: str) -> tuple[str, ...]:
 
 def _named(given: str | None, data_format: Format) -> Template:
     if data_format.name == "alpaca" and given != "plain":
-        return TextTemplate("alpaca", ALPACA_WITH_INPUT, "{output}", ALPACA)
+        return TextTemplate(ALPACA_WITH_INPUT, "{output}", ALPACA, "alpaca")
     if data_format.name == "alpaca":
-        return TextTemplate("plain", "{instruction}\n\n{input}", "{output}", "{instruction}")
+        return TextTemplate("{instruction}\n\n{input}", "{output}", "{instruction}", "plain")
     if data_format.name == "messages":
         raise DataError(f"template `{given}` does not fit format messages; write data.template: chat")
     if len(data_format.prompt) != 1 or data_format.answer is None or (given, data_format.name) == (None, "text"):
@@ -266,12 +266,12 @@ def _named(given: str | None, data_format: Format) -> Template:
         shown = " ".join(f"{{{name}}}" for name in data_format.prompt)
         raise DataError(
             f"{wanted} cannot tell prompt and answer apart in format {data_format.name}; write both: "
-            f'data.template: {{prompt: "{shown}", completion: …}}'
+            f'data.template: {{prompt: "{shown}\\nAnswer:", completion: " {{label}}"}}'
         )
     main, answer = data_format.prompt[0], f"{{{data_format.answer}}}"
     if given == "alpaca":
-        return TextTemplate("alpaca", ALPACA.replace("{instruction}", f"{{{main}}}"), answer)
-    return TextTemplate("plain", f"{{{main}}}", answer)
+        return TextTemplate(ALPACA.replace("{instruction}", f"{{{main}}}"), answer, name="alpaca")
+    return TextTemplate(f"{{{main}}}", answer, name="plain")
 
 
 def _chat(data_format: Format, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -283,7 +283,7 @@ def _chat(data_format: Format, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
                 key="data.template",
             )
         )
-    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    tokens = {name: str(tok) for name, tok in tokenizer.special_tokens_map.items() if not isinstance(tok, list | tuple)}
     return ChatTemplate(
         tokenizer.get_chat_template(), tokens, (*data_format.prompt, *data_format.optional), data_format.answer
     )
@@ -309,7 +309,7 @@ def _inline(
                 near = get_close_matches(name, names, n=1)
                 meant = f"; did you mean `{{{near[0]}}}`?" if near else ""
                 raise SpecError(Problem(f"`{{{name}}}` is no column; there are {', '.join(names)}{meant}", key=key))
-    return TextTemplate("inline", prompt, completion)
+    return TextTemplate(prompt, completion)
 
 
 def _unknown_template(given: str) -> Problem:

@@ -136,6 +136,16 @@ def test_prompts_of_typed_texts():
         encode_prompts([{}], tokenizer=byte_level(), template=prepared(asked(("a", "b")))["template"])
 
 
+def test_a_prompt_without_a_token_is_an_error():
+    template = prepared(asked(("a", "b")))["template"]
+    assert encode_prompts([{"prompt": ""}], tokenizer=byte_level(bos=True), template=template)[0].input_ids == [0]
+    with pytest.raises(DataError, match="prompt 2: the prompt is empty and has no token"):
+        encode_prompts([{"prompt": "a"}, {"prompt": ""}], tokenizer=byte_level(), template=template)
+    assert error_of(labelled("a", "b")[:1] + [{"text": "", "label": "b"}], kind="classification") == (
+        "train.jsonl:2: the prompt is empty and has no token"
+    )
+
+
 def test_rows_with_a_token_over_the_boundary_are_counted():
     counts = encode(asked(("a", " b"), ("the film was ", "good"), ("a ", "b"))).counts
     assert (counts.spanning.count, counts.spanning.first, counts.differing.count) == (2, 2, 0)
@@ -348,3 +358,40 @@ def test_errors_are_of_the_kind_that_decides_the_exit_code():
         encode(asked(("a", " b")), tokenizer=wrapped(byte_level().backend_tokenizer, eos_token=None))
     with pytest.raises(DataError):
         encode(LONG, max_length=20)
+
+
+values = st.one_of(
+    st.text(max_size=5), st.integers(-3, 3), st.floats(), st.booleans(), st.none(), st.just("\ud800"), st.just([1])
+)
+talks = st.lists(st.dictionaries(st.sampled_from(["role", "content", "x"]), values, max_size=3), max_size=3)
+NAMES = [
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "messages",
+    "text",
+    "label",
+    "sentence1",
+    "sentence2",
+]
+TEMPLATES = [None, "plain", "alpaca", "chat", ("{text} {prompt}", "{label}"), ("{prompt}", None)]
+
+
+@given(
+    rows=st.lists(
+        st.dictionaries(st.sampled_from(NAMES), st.one_of(values, talks), max_size=6), min_size=1, max_size=4
+    ),
+    template=st.sampled_from(TEMPLATES),
+    kind=st.sampled_from(["causal_lm", "classification", "regression"]),
+    on_overflow=st.sampled_from(["error", "drop", "truncate_prompt"]),
+)
+@settings(max_examples=600, deadline=None)
+def test_any_rows_give_examples_or_an_error_for_the_user(rows, template, kind, on_overflow):
+    try:
+        encoded = encode(rows, template=template, kind=kind, max_length=10, on_overflow=on_overflow)
+    except ReftError as error:
+        assert str(error)
+    else:
+        assert all(0 < len(example.input_ids) <= 10 for example in encoded.examples)

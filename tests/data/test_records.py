@@ -308,3 +308,21 @@ def test_one_row_cannot_be_split():
         "a.jsonl: 1 row cannot be split into training rows and a validation fraction of 0.1; "
         "give data.validation rows of its own"
     )
+
+
+def test_columns_are_those_of_all_rows():
+    assert Rows("a", [{"b": 1}, {"a": 1, "b": 2}, {"c": 1}], [1, 2, 3]).columns == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
+@given(st.one_of(st.binary(max_size=60), st.text(alphabet='[]{}",:\n\r 1ae\u2028', max_size=60).map(str.encode)))
+@settings(max_examples=150, deadline=None)
+def test_any_content_gives_rows_or_a_data_error(tmp_path_factory, ending, content):
+    path = tmp_path_factory.getbasetemp() / f"fuzz{ending}"
+    path.write_bytes(content)
+    try:
+        found = read(path)
+    except DataError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert found.rows and all(isinstance(row, dict) for row in found.rows)

@@ -129,7 +129,7 @@ def test_one_typed_text_fills_the_prompt():
 @given(st.text(), st.text())
 def test_columns_are_never_read_as_templates(value, literal):
     escaped = literal.replace("{", "{{").replace("}", "}}")
-    template = TextTemplate("inline", escaped + "{a}", "")
+    template = TextTemplate(escaped + "{a}", "")
     assert template.render_prompt({"a": value}) == literal + value
     assert placeholders(template.prompt) == ("a",)
 
@@ -176,11 +176,11 @@ def test_errors_of_tasks_and_formats():
     )
     assert str(refused(name="text")) == (
         "task.kind causal_lm cannot tell prompt and answer apart in format text; write both: "
-        'data.template: {prompt: "{text}", completion: …}'
+        'data.template: {prompt: "{text}\\nAnswer:", completion: " {label}"}'
     )
     assert str(refused("plain", name="pair")) == (
         "template `plain` cannot tell prompt and answer apart in format pair; write both: "
-        'data.template: {prompt: "{text} {text_pair}", completion: …}'
+        'data.template: {prompt: "{text} {text_pair}\\nAnswer:", completion: " {label}"}'
     )
     assert str(refused("alpaca", name="messages")) == (
         "template `alpaca` does not fit format messages; write data.template: chat"
