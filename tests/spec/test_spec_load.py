@@ -68,9 +68,9 @@ def test_a_merged_tree_is_taken_as_it_is():
         (
             {"model": "m", "train": {"seed": "3", "epoch": 1, "epochs": True}},
             [
+                "resolved.yaml: train.epochs: `true` is not a number above 0",
                 'resolved.yaml: train.seed: `"3"` is not a whole number of at least 0 and below 4294967296; '
                 "remove the quotes",
-                "resolved.yaml: train.epochs: `true` is not a number above 0",
                 "resolved.yaml: train.epoch: unknown key; did you mean `train.epochs`?",
             ],
         ),
