@@ -141,7 +141,7 @@ def test_a_prompt_without_a_token_is_an_error():
     assert encode_prompts([{"prompt": ""}], tokenizer=byte_level(bos=True), template=template)[0].input_ids == [0]
     with pytest.raises(DataError, match="prompt 2: the prompt is empty and has no token"):
         encode_prompts([{"prompt": "a"}, {"prompt": ""}], tokenizer=byte_level(), template=template)
-    assert error_of(labelled("a", "b")[:1] + [{"text": "", "label": "b"}], kind="classification") == (
+    assert error_of([*labelled("a"), {"text": "", "label": "b"}], kind="classification") == (
         "train.jsonl:2: the prompt is empty and has no token"
     )
 
