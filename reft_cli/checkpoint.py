@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reft_cli.errors import CheckpointError
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 TENSORS, MANIFEST = "interventions.safetensors", "reft.json"
 TRAINING_TENSORS, TRAINING_STATE = "training.safetensors", "training.json"
 

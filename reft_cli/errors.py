@@ -32,8 +32,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = self.file or ""
-        if self.line:
-            place += f":{self.line}:{self.column}"
+        for number in (self.line, self.column):
+            place += f":{number}" if number else ""
         return ": ".join(part for part in (place, self.key, self.message) if part)
 
 

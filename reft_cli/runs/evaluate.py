@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from reft_cli.data.encode import Example
 from reft_cli.data.records import Rows, Source, read_rows
 from reft_cli.environment import versions
 from reft_cli.errors import SpecError
-from reft_cli.evaluation.evaluate import Evaluation
+from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.runfolder import RunFolder, step_of, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.session import Session, open_run
@@ -78,19 +79,8 @@ def evaluate(
             device=session.model.device,
             tied=session.tied,
         )
-        passes = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}[base]
-        observer.on_start(len(passes) * len(encoded.examples), 0, {"verb": "evaluating", "unit": "row"})
-        started, results = time.perf_counter(), {}
-        for index, which in enumerate(passes):
-            results[which] = evaluator.run(
-                session.model,
-                encoded.examples,
-                prompts=without_answers(encoded.examples),
-                edited=which == "run",
-                on_progress=lambda done, total, index=index: observer.on_progress(  # type: ignore[misc]
-                    index * total + done, len(passes) * total
-                ),
-            )
+        started = time.perf_counter()
+        results = _score(session, encoded.examples, evaluator, base=base, observer=observer)
         seconds = time.perf_counter() - started
         report = EvalReport(
             run=run,
@@ -108,6 +98,26 @@ def evaluate(
     observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))
     observer.on_end("finished")
     return report
+
+
+def _score(
+    session: Session, examples: list[Example], evaluator: Evaluator, *, base: Base, observer: Observer
+) -> dict[str, Evaluation]:
+    """The evaluations that `base` asks for, by the names run and base."""
+    passes = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}[base]
+    total, prompts = len(passes) * len(examples), without_answers(examples)
+    observer.on_start(total, 0, {"verb": "evaluating", "unit": "row"})
+    results: dict[str, Evaluation] = {}
+    for which in passes:
+        before = len(results) * len(examples)
+        results[which] = evaluator.run(
+            session.model,
+            examples,
+            prompts=prompts,
+            edited=which == "run",
+            on_progress=lambda done, _, before=before: observer.on_progress(before + done, total),  # type: ignore[misc]
+        )
+    return results
 
 
 def _rows(session: Session, data: str | None, split: str, limit: int | None) -> Rows:

@@ -93,13 +93,13 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
     """The text side of a spec, with format and template chosen by the columns of its training rows."""
     data, template = spec.data, spec.data.template
     given = (template.prompt, template.completion) if isinstance(template, TemplateSpec) else template
-    columns = list(rows.rows[0])
+    columns = rows.columns
     data_format = choose_format(
         columns,
         where=rows.where(0),
         requested=data.format,
         mapping=data.columns,
-        any_columns=isinstance(given, tuple) and given[1] is not None,
+        any_columns=isinstance(given, tuple) and (given[1] is not None or spec.task.kind != "causal_lm"),
     )
     return TextSide(
         tokenizer=tokenizer,

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from reft_cli.checkpoint import read_checkpoint, read_training_state, write_checkpoint
 from reft_cli.data.batch import Layout
-from reft_cli.errors import CheckpointError, Interrupted, MemoryExhausted, ReftError, SpecError, exit_code
+from reft_cli.errors import CheckpointError, Interrupted, MemoryExhausted, ModelError, ReftError, SpecError, exit_code
 from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, load_tokenizer
+from reft_cli.models.packing import keeps_packed_apart
 from reft_cli.runfolder import RunFolder, Status
 from reft_cli.runs.assemble import (
     base_source,
@@ -209,6 +210,11 @@ class _Work:
         wanted = self.spec.train.layout
         if wanted == "packed" and not TASKS[self.spec.task.kind].can_pack:
             raise SpecError(f"train.layout: packed does not go with task.kind {self.spec.task.kind}; write padded")
+        if wanted == "packed" and not keeps_packed_apart(self.model.base_model):
+            raise ModelError(
+                f"train.layout: packed is not exact for {type(self.model.base_model).__name__}, whose attention mask "
+                "does not keep packed sequences apart; write padded"
+            )
         return "padded" if wanted == "auto" else wanted
 
     def _validate(self) -> dict[str, float]:

@@ -1,0 +1,114 @@
+"""Batches: the rows that are edited and that answer, the same in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import DECODERS, base_of
+from reft_cli.data.batch import build_batch, micro_batches
+from reft_cli.data.encode import Example
+from reft_cli.models.build import build_intervened
+from reft_cli.positions import Positions
+from reft_cli.tasks.objectives import TASKS
+
+
+def example(prompt: int, answer: int, *, row: int = 1, label: int | float | None = None) -> Example:
+    ids = [(7 * row + 3 * token) % 290 + 2 for token in range(prompt + answer)]
+    return Example(ids, prompt, label, "", "", row)
+
+
+EXAMPLES = [example(5, 2, row=1), example(1, 3, row=2), example(9, 1, row=3), example(2, 2, row=4)]
+GROUPS = Positions.parse("f3+l3").groups(tied=True)
+
+
+def test_padded_rows_and_targets():
+    batch = build_batch(EXAMPLES[:2], groups=GROUPS, layout="padded", pad_token_id=1)
+    assert batch.inputs["input_ids"].shape == (2, 7)
+    assert batch.inputs["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
+    assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 7]
+    assert batch.answer_rows.tolist() == [4, 5, 7, 8, 9]
+    assert batch.targets.tolist() == [*EXAMPLES[0].input_ids[5:], *EXAMPLES[1].input_ids[1:]]
+    assert batch.tokens == 11
+
+
+def test_packed_rows_and_targets():
+    batch = build_batch(EXAMPLES[:2], groups=GROUPS, layout="packed", pad_token_id=1)
+    assert batch.inputs["input_ids"].tolist() == [EXAMPLES[0].input_ids + EXAMPLES[1].input_ids]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]]
+    assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 7]
+    assert batch.answer_rows.tolist() == [4, 5, 7, 8, 9]
+
+
+@pytest.mark.parametrize("family", [each for each in DECODERS if each != "opt"])  # see models/test_packing.py
+@pytest.mark.parametrize("positions", ["f3+l3", "all"])
+def test_padded_packed_and_single_give_one_loss_and_one_gradient(family: str, positions: str):
+    groups = Positions.parse(positions).groups(tied=True)
+    found = {}
+    for layout in ("padded", "packed", "single"):
+        model = build_intervened(
+            base_of(family),
+            method="loreft",
+            layers="all",
+            component="block_output",
+            positions=Positions.parse(positions),
+            tied=True,
+            rank=2,
+            init="paper",
+            dropout=0.0,
+            dropout_on="delta",
+            seed=0,
+        ).train()
+        model.bank.refresh()
+        parts = [[each] for each in EXAMPLES] if layout == "single" else [EXAMPLES]
+        total = 0.0
+        with model:
+            for part in parts:
+                kind = "packed" if layout == "packed" else "padded"
+                batch = build_batch(part, groups=groups, layout=kind, pad_token_id=1)
+                with model.editing(batch.rows):
+                    loss = TASKS["causal_lm"].loss(model, batch)
+                    loss.backward()
+                total += float(loss.detach())
+        model.bank.backpropagate()
+        model.eval()
+        found[layout] = (total, {name: p.grad for name, p in model.bank.named_parameters()})
+    for other in ("packed", "single"):
+        torch.testing.assert_close(found[other], found["padded"], rtol=1e-4, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    budget=st.integers(1, 200),
+    rows=st.one_of(st.none(), st.integers(1, 5)),
+    padded=st.booleans(),
+)
+def test_micro_batches_are_a_partition_within_the_budget(
+    lengths: list[int], budget: int, rows: int | None, padded: bool
+):
+    examples = [example(length, 1, row=row) for row, length in enumerate(lengths, start=1)]
+    parts = list(micro_batches(examples, token_budget=budget, rows=rows, padded=padded))
+    assert sorted(each.row for part in parts for each in part) == list(range(1, len(lengths) + 1))
+    for part in parts:
+        sizes = [len(each.input_ids) for each in part]
+        cost = max(sizes) * len(part) if padded else sum(sizes)
+        assert len(part) == 1 or (len(part) <= rows if rows else cost <= budget)
+
+
+@given(
+    prompt=st.integers(1, 40),
+    answer=st.integers(0, 5),
+    text=st.from_regex(r"f[1-9]|l[1-9]|f[1-9]\+l[1-9]|all|prompt|generated", fullmatch=True),
+    tied=st.booleans(),
+)
+def test_positions_are_inside_and_never_twice(prompt: int, answer: int, text: str, tied: bool):
+    positions = Positions.parse(text)
+    assert str(positions) == text
+    indices = [i for group in positions.groups(tied=tied) for i in group.indices(prompt, prompt + answer)]
+    assert len(indices) == len(set(indices))
+    limit = prompt if positions.span in (None, "prompt") else prompt + answer
+    assert all(0 <= index < limit for index in indices)
+    if positions.span is None:
+        assert len(indices) == min(prompt, positions.first + positions.last)
