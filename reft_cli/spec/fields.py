@@ -101,7 +101,7 @@ def in_words(found: list[Branch]) -> str:
     """What a field takes: `auto or a whole number of at least 1`."""
     if len(found) == 1 and len(options(found)) > 1:  # never with Words
         return f"one of {', '.join(options(found))}"
-    return listed([part for branch in found for part in _branch_in_words(branch)])
+    return listed(list(dict.fromkeys(part for branch in found for part in _branch_in_words(branch))))
 
 
 def _branch_in_words(branch: Branch) -> list[str]:

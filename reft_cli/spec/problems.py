@@ -70,9 +70,11 @@ def validate(root: Node, *, problems: list[Problem]) -> Spec | None:
             spec = Spec.model_validate(tree)
             return None if problems else spec
         except ValidationError as error:
+            error_text = str(error)
             found = [item for detail in error.errors(include_url=False) if (item := _locate(detail, root))]
         new = [item for item in found if not _known(item.path, faulty)]
         if not new:
+            assert problems, error_text
             return None
         faulty |= {key for item in new for key in item.meant if not _node_at(root, key)}  # else missed as well
         for item in new:
@@ -240,8 +242,9 @@ def _shown(node: Node) -> str:
 def _advice(node: Node, wanted: list[Branch]) -> tuple[str, str | None]:
     """What to write instead, if that can be guessed, and the bare value of it."""
     types, words = [branch.type for branch in wanted], options(wanted)
+    only_text = str in types and all(branch.type is str or branch.section for branch in wanted)
     if isinstance(node.value, dict | list):  # `prompt: {question}` is a mapping to YAML
-        return ("; put it in quotes" if str in types and isinstance(node.value, dict) else ""), None
+        return ("; put it in quotes" if only_text and isinstance(node.value, dict) else ""), None
     bare = read_scalar(node.text)
     if not node.plain and (
         (type(bare) in (int, float) and {int, float} & {*types})
@@ -249,9 +252,9 @@ def _advice(node: Node, wanted: list[Branch]) -> tuple[str, str | None]:
         or (not isinstance(bare, str) and node.text in words)
     ):
         return "; remove the quotes", node.text
-    if str in types and not {int, float, bool} & {*types} and bare is not None and not isinstance(node.value, str):
+    if only_text and bare is not None and not isinstance(node.value, str):
         return "; put it in quotes", f'"{printable(node.text)}"'
-    if any(branch.container is list for branch in wanted) and bare is not None:
+    if [branch.container for branch in wanted] == [list] and bare is not None:
         return f"; write `{(listing := yaml_inline([bare]))}`", listing
     others = (["true", "false"] if bool in types else []) + (["null"] if wanted[0].nullable else [])
     guess = _guess(node.text, words, others=others)

@@ -6,6 +6,7 @@ Nothing here knows files, YAML or tensors. A default stands in this file and now
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from string import Formatter
@@ -35,6 +36,7 @@ class Words:
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, Field(min_length=1)]
+Layers = Annotated[Literal["all"] | list[int] | str, Words("all, a list such as [4, 6], or text such as 0-15/2")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"), Words("auto, cpu, mps, cuda or cuda:N")]
 RunName = Annotated[
     str,
@@ -90,7 +92,7 @@ class InterventionSpec(Section):
 
     method: Method = "loreft"
     """How the edit of a hidden state is computed; the README has the formulas."""
-    layers: Literal["all"] | list[int] | str = "all"
+    layers: Layers = "all"
     """all, a list such as [4, 6, 10], or text such as 4;6;10, 0-15 or 0-15/2."""
     component: str = "block_output"
     """block_input, block_output, attention_output, mlp_output, mlp_activation, or the path of a module inside a block
@@ -188,9 +190,9 @@ class TaskSpec(Section):
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: list[str] | None) -> list[str] | None:
-        twice = sorted({label for label in labels or () if (labels or []).count(label) > 1})
-        if twice:
-            raise ValueError(f"the label `{twice[0]}` is given twice")
+        for label, count in Counter(labels).items():
+            if count > 1:
+                raise ValueError(f"the label `{label}` is given twice")
         return labels
 
 
