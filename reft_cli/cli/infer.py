@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -16,11 +17,23 @@ from reft_cli.errors import DataError, Problem, SpecError
 
 if TYPE_CHECKING:
     from reft_cli.data.records import Rows
+    from reft_cli.generation.decode import Answer
     from reft_cli.runs import Session
 
 CHUNK = 256  # rows answered before their lines are written
-ADDED = ("prediction", "base_prediction")
-Settings = dict[str, int | float | None]
+ADDED = {"run": "prediction", "base": "base_prediction"}  # model -> the key of its answer
+SOURCES = ("--prompt", "--field", "--input", "--chat")
+AGAINST = (
+    ("--base", "--compare"),
+    ("--chat", "--compare"),
+    ("--chat", "--json"),
+    ("--chat", "--raw"),
+    ("--field", "--raw"),
+    ("--stream", "--compare"),
+    ("--stream", "--json"),
+    ("--stream", "--input"),
+)
+NEEDS = {"--output": "--input", "--resume": "--output"}
 
 
 def infer(
@@ -60,64 +73,60 @@ def infer(
     no_progress: options.NoProgress = False,
 ) -> None:
     """Answer a prompt, the rows of a file, or in a chat."""
-    _check_flags(prompt, field, source, chat=chat, output=output, resume=resume, both=base and compare)
-    settings: Settings = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-    }
+    given = {"--prompt": prompt, "--field": field, "--input": source, "--chat": chat, "--output": output}
+    given |= {"--resume": resume, "--base": base, "--compare": compare, "--stream": stream, "--raw": raw}
+    _check_flags(given | {"--json": as_json})
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     models = ["base", "run"] if compare else ["base" if base else "run"]
+    how = How({key: value for key, value in asked.items() if value is not None}, models, raw)
     from reft_cli import runs
 
     with runs.open_run(
         run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
     ) as session:
         if chat:
-            from reft_cli.cli.chat import Chat
-
-            Chat(
-                session, settings={key: value for key, value in settings.items() if value is not None}, base=base
-            ).run()
+            _chat(session, how)
         elif source is not None:
-            _answer_rows(session, source, settings, models=models, raw=raw, output=output, resume=resume)
+            _answer_rows(session, source, how, output=output, resume=resume)
         else:
-            row = _fields(field) if field else str(prompt)
             live = console.is_terminal(sys.stdout) if stream is None else stream
-            _answer_one(session, row, settings, models=models, raw=raw, as_json=as_json, stream=live)
+            _answer_one(session, _fields(field) if field else str(prompt), how, as_json=as_json, stream=live)
 
 
-def _check_flags(
-    prompt: str | None,
-    field: Sequence[str],
-    source: str | None,
-    *,
-    chat: bool,
-    output: Path | None,
-    resume: bool,
-    both: bool,
-) -> None:
-    given = [
-        flag
-        for flag, is_given in (
-            ("--prompt", prompt is not None),
-            ("--field", bool(field)),
-            ("--input", source is not None),
-            ("--chat", chat),
-        )
-        if is_given
-    ]
-    if not given:
+@dataclass(frozen=True)
+class How:
+    """What the flags ask for: settings of the decoding, the models that answer, and whether there is no template."""
+
+    settings: dict[str, Any]
+    models: Sequence[str]
+    raw: bool
+
+    def answer(self, session: Session, prompts: Sequence[str | Mapping[str, Any]]) -> dict[str, list[Answer]]:
+        """Model -> its answers."""
+        return {
+            name: session.answer(prompts, settings=self.settings, base=name == "base", raw=self.raw)
+            for name in self.models
+        }
+
+
+def _chat(session: Session, how: How) -> None:
+    from reft_cli.cli.chat import Chat
+
+    Chat(session, settings=how.settings, base="base" in how.models).run()
+
+
+def _check_flags(values: Mapping[str, object]) -> None:
+    """SpecError for flags that do not go together; `values` are those of the flags, falsy if not given."""
+    given = [flag for flag, value in values.items() if value not in (None, False, [])]
+    sources = [flag for flag in given if flag in SOURCES]
+    if not sources:
         raise SpecError("nothing to answer; give --prompt TEXT, --field NAME=TEXT, --input FILE or --chat")
-    if len(given) > 1:
-        raise SpecError(f"{' and '.join(given)} do not go together; give one of them")
-    if both:
-        raise SpecError("--base answers with the base only and --compare with both; give one of them")
-    if output is not None and source is None:
-        raise SpecError("--output goes with --input; for one answer write > FILE")
-    if resume and output is None:
-        raise SpecError("--resume goes with --output")
+    for pair in ((*sources, "", "")[:2], *AGAINST):
+        if all(flag in given for flag in pair):
+            raise SpecError(f"{pair[0]} and {pair[1]} do not go together; give one of them")
+    for flag, other in NEEDS.items():
+        if flag in given and other not in given:
+            raise SpecError(f"{flag} goes with {other}")
 
 
 def _fields(given: Sequence[str]) -> dict[str, str]:
@@ -132,34 +141,23 @@ def _fields(given: Sequence[str]) -> dict[str, str]:
 # ---- one prompt
 
 
-def _answer_one(
-    session: Session,
-    row: str | Mapping[str, Any],
-    settings: Settings,
-    *,
-    models: Sequence[str],
-    raw: bool,
-    as_json: bool,
-    stream: bool,
-) -> None:
-    if raw and not isinstance(row, str):
-        raise SpecError("--raw has no template, so there are no fields; give --prompt")
-    if stream and not as_json and len(models) == 1:
-        write_stream(session.stream(row, settings=settings, base=models == ["base"], raw=raw))
+def _answer_one(session: Session, row: str | Mapping[str, Any], how: How, *, as_json: bool, stream: bool) -> None:
+    if stream and not as_json and len(how.models) == 1:
+        write_stream(session.stream(row, settings=how.settings, base="base" in how.models, raw=how.raw))
         return
-    answers = {name: session.answer([row], settings=settings, base=name == "base", raw=raw)[0] for name in models}
+    found = {name: answers[0] for name, answers in how.answer(session, [row]).items()}
     if as_json:
         facts = {
-            name: {"answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
-            for name, answer in answers.items()
+            name: {"answer": each.text, "tokens": each.tokens, "finished": each.finished}
+            for name, each in found.items()
         }
-        console.result_json({"prompt": row} | (facts if len(models) > 1 else facts[models[0]]))
-    elif len(models) == 1:
-        console.result(answers[models[0]].text.strip())
+        console.result_json({"prompt": row} | (facts if len(found) > 1 else facts[how.models[0]]))
+    elif len(found) == 1:
+        console.result(found[how.models[0]].text.strip())
     elif console.is_terminal(sys.stdout):
-        _side_by_side({name: answer.text.strip() for name, answer in answers.items()})
+        _side_by_side({name: answer.text.strip() for name, answer in found.items()})
     else:
-        for name, answer in answers.items():
+        for name, answer in found.items():
             console.result(f"{name}: {answer.text.strip()}")
 
 
@@ -191,30 +189,18 @@ def _side_by_side(texts: Mapping[str, str]) -> None:
 # ---- rows
 
 
-def _answer_rows(
-    session: Session,
-    source: str,
-    settings: Settings,
-    *,
-    models: Sequence[str],
-    raw: bool,
-    output: Path | None,
-    resume: bool,
-) -> None:
+def _answer_rows(session: Session, source: str, how: How, *, output: Path | None, resume: bool) -> None:
     """Rows in, the same rows with `prediction` (and `base_prediction`) out, in their order."""
     rows = _read_stdin() if source == "-" else _read_file(source)
-    prompts = [_prompt(session, rows, index, raw=raw) for index in range(len(rows))]
+    prompts = [_prompt(session, rows, index, raw=how.raw) for index in range(len(rows))]
     done = _done(output, rows, resume=resume)
     with progress(live=output is not None) as observer, _opened(output) as file:
         observer.on_start(len(rows), done, {"verb": "answering", "unit": "row"})
         for start in range(done, len(rows), CHUNK):
             chunk = slice(start, start + CHUNK)
-            found = {
-                ADDED[name == "base"]: session.answer(prompts[chunk], settings=settings, base=name == "base", raw=raw)
-                for name in models
-            }
+            found = how.answer(session, prompts[chunk])
             for offset, row in enumerate(rows.rows[chunk]):
-                line = row | {key: answers[offset].text for key, answers in found.items()}
+                line = row | {ADDED[name]: answers[offset].text for name, answers in found.items()}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
             observer.on_progress(min(start + CHUNK, len(rows)), len(rows))
@@ -250,7 +236,7 @@ def _read_stdin() -> Rows:
 def _prompt(session: Session, rows: Rows, index: int, *, raw: bool) -> str | Mapping[str, Any]:
     """What is answered for a row: the fields of the run's format, or with --raw its column `prompt`."""
     row, where = rows.rows[index], rows.where(index)
-    taken = [name for name in ADDED if name in row]
+    taken = [name for name in ADDED.values() if name in row]
     if taken:
         raise DataError(f"{where}: has a column `{taken[0]}`, where the answer goes; rename it")
     if not raw:
@@ -269,7 +255,7 @@ def _done(output: Path | None, rows: Rows, *, resume: bool) -> int:
     text = output.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     for index, line in enumerate(whole.splitlines()):
-        row = {key: value for key, value in json.loads(line).items() if key not in ADDED}
+        row = {key: value for key, value in json.loads(line).items() if key not in ADDED.values()}
         if index >= len(rows) or row != json.loads(json.dumps(rows.rows[index], default=str)):
             raise SpecError(
                 f"{output}:{index + 1} is not the answer to row {index + 1} of {rows.name}; write another file"
