@@ -1,0 +1,226 @@
+"""A run trains, writes what it promises, and goes on bit for bit where it stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reft_cli import runs
+from reft_cli.errors import CheckpointError, DataError, Diverged, Interrupted, MemoryExhausted, ModelError, SpecError
+from reft_cli.spec.load import LoadedSpec
+from reft_cli.training.observer import NullObserver, StepRecord
+
+MakeSpec = Callable[..., LoadedSpec]
+METHODS = ("loreft", "noreft", "direft", "direft_orthogonal", "consreft", "lobireft", "red")
+
+
+def train(spec: LoadedSpec, output: Path, **kwargs) -> runs.TrainResult:
+    return runs.train(spec, output=output, observer=kwargs.pop("observer", NullObserver()), **kwargs)
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last" / "interventions.safetensors")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """All lines of metrics.jsonl but their times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_run_folder_holds_what_it_promises(make_spec: MakeSpec, tmp_path: Path, observer):
+    result = train(make_spec(), tmp_path / "run", observer=observer)
+    run = result.run
+    assert (result.step, result.reason) == (6, "finished")
+    for name in ("spec.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "README.md", "best/reft.json"):
+        assert (run / name).is_file(), name
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["exit_code"], record["base"]["dtype"]) == ("done", 0, "float32")
+    assert record["data"]["train"]["used"] == 20
+    lines = metrics(run)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+    assert observer.checkpoints == [3, 6]
+    assert observer.steps[-1].loss < observer.steps[0].loss
+    stored = tensors(run)
+    assert set(stored) == {"bank.projection", "bank.source_weight", "bank.source_bias"}
+    assert stored["bank.projection"].shape == (3, 2, 32)
+    assert sum(f.stat().st_size for f in (run / "last").iterdir()) < 40_000  # nothing of the base
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_reloads_to_the_same_answers(make_spec: MakeSpec, tmp_path: Path, method: str):
+    sets = [f"intervention.method={method}"] + (["intervention.rank=null"] if method == "red" else [])
+    result = train(make_spec(*sets, "train.epochs=1"), tmp_path / "run")
+    state = tensors(result.run)
+    fields, settings = [{"text": "good cold"}, {"text": "bad"}], {"max_new_tokens": 6}
+    answers = []
+    for _ in range(2):
+        with runs.open_run(result.run, checkpoint="last") as session:
+            assert all(torch.equal(session.model.trainable_state()[name], t) for name, t in state.items())
+            answers.append(session.answer(fields, settings=settings))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_head_tasks_train_score_and_reload(make_spec: MakeSpec, tmp_path: Path, kind: str):
+    sets = [f"task.kind={kind}", "data.template=null", "task.metric=null"]
+    if kind == "regression":
+        sets.append("data.columns={label: score}")
+    result = train(make_spec(*sets), tmp_path / "run")
+    assert any(name.startswith("head.") for name in tensors(result.run))
+    report = runs.evaluate(result.run, base="compare", observer=NullObserver())
+    assert report.rows == 7
+    assert report.metrics["loss"] != report.base_metrics["loss"]
+    with runs.open_run(result.run) as session:
+        (answer,) = session.answer(["good fine"], settings={})
+    assert answer.text in ("yes", "no") if kind == "classification" else float(answer.text)
+
+
+def test_micro_batches_do_not_change_the_result(make_spec: MakeSpec, tmp_path: Path):
+    found = [
+        tensors(train(make_spec(f"train.micro_batch_size={size}"), tmp_path / str(size)).run) for size in (1, 3, "auto")
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=2e-5)
+
+
+def test_packed_and_checkpointed_runs_end_like_the_plain_one(make_spec: MakeSpec, tmp_path: Path):
+    plain = tensors(train(make_spec(), tmp_path / "plain").run)
+    for key in ("train.layout=packed", "train.gradient_checkpointing=true"):
+        other = tensors(train(make_spec(key), tmp_path / key.split("=")[0]).run)
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=2e-5)
+
+
+class Stopping(NullObserver):
+    """Sends itself a signal at a step, as a scheduler would."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("dropout", ["0.0", "0.3"])
+def test_interrupted_and_resumed_is_bitwise_the_whole(
+    make_spec: MakeSpec, tmp_path: Path, number: signal.Signals, dropout: str
+):
+    spec = make_spec(f"intervention.dropout={dropout}", "checkpoint.every=2", "checkpoint.keep=9")
+    whole = train(spec, tmp_path / "whole")
+    with pytest.raises(Interrupted) as caught:
+        train(spec, tmp_path / "cut", observer=Stopping(3, number))
+    assert caught.value.exit_code == 128 + number
+    assert json.loads((tmp_path / "cut/run.json").read_text())["status"] == "interrupted"
+    resumed = train(spec, tmp_path / "cut", resume="last")
+    assert resumed.step == whole.step
+    for name in ("interventions.safetensors", "training.safetensors"):
+        assert (resumed.run / "last" / name).read_bytes() == (whole.run / "last" / name).read_bytes()
+    assert metrics(whole.run) == metrics(resumed.run)
+
+
+def test_resume_from_a_step(make_spec: MakeSpec, tmp_path: Path):
+    spec = make_spec("checkpoint.every=2", "checkpoint.keep=9")
+    whole = train(spec, tmp_path / "run")
+    before = tensors(whole.run)
+    resumed = train(spec, tmp_path / "run", resume="2")
+    assert resumed.step == 6
+    torch.testing.assert_close(tensors(resumed.run), before, rtol=0, atol=0)
+
+
+def test_resume_refuses_what_would_change_the_result(make_spec: MakeSpec, tmp_path: Path, observer):
+    train(make_spec(), tmp_path / "run", max_steps=2)
+    with pytest.raises(SpecError, match=r"was begun with other settings.*train\.learning_rate: 0\.01 -> 0\.02"):
+        train(make_spec("train.learning_rate=0.02"), tmp_path / "run", resume="last")
+    train(make_spec("checkpoint.keep=3"), tmp_path / "run", resume="last", observer=observer)
+    assert "changed since the run was begun: checkpoint.keep: 2 -> 3" in observer.messages
+
+
+def test_existing_run_is_not_touched(make_spec: MakeSpec, tmp_path: Path):
+    train(make_spec(), tmp_path / "run", max_steps=1)
+    before = tensors(tmp_path / "run")
+    with pytest.raises(SpecError, match="exists and has finished"):
+        train(make_spec(), tmp_path / "run")
+    with pytest.raises(DataError):
+        train(make_spec("data.train=missing.jsonl"), tmp_path / "run", overwrite=True)
+    torch.testing.assert_close(tensors(tmp_path / "run"), before, rtol=0, atol=0)
+
+
+def test_exploding_loss_stops_and_names_the_last_good_checkpoint(make_spec: MakeSpec, tmp_path: Path):
+    spec = make_spec("train.learning_rate=1e30", "train.max_grad_norm=null", "checkpoint.every=1", "train.epochs=8")
+    with pytest.raises(
+        Diverged, match=r"^loss is nan at step \d+ \(learning rate 1e\+30, rows .*Last good checkpoint: "
+    ):
+        train(spec, tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["status"], record["exit_code"]) == ("failed", 6)
+
+
+def test_out_of_memory_gives_advice(make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.40 GiB. GPU 0 has 23.7 GiB")
+
+    monkeypatch.setattr("reft_cli.tasks.objectives.CausalLM.loss", no_memory)
+    with pytest.raises(MemoryExhausted, match="Try, in order: train.micro_batch_size: 1; train.gradient_checkpointing"):
+        train(make_spec(), tmp_path / "run")
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit_code"] == 5
+
+
+def test_best_is_kept_patience_ends_and_old_checkpoints_go(make_spec: MakeSpec, tmp_path: Path):
+    sets = ("checkpoint.best=exact_match", "checkpoint.patience=2", "checkpoint.every=1", "checkpoint.keep=1")
+    spec = make_spec(*sets, "evaluation.every=1", "train.learning_rate=1e-9", "train.epochs=9")
+    result = train(spec, tmp_path / "run")
+    assert result.reason == "patience"
+    lines = metrics(result.run)
+    assert [line["validation_exact_match"] for line in lines if "validation_loss" in line] == [0.0, 0.0, 0.0]
+    assert result.best is not None and result.best.name == "step_000001"
+    assert {path.name for path in (result.run / "checkpoints").iterdir()} == {"step_000001", "step_000003"}
+
+
+def test_validation_can_be_a_fraction_and_layers_a_list(make_spec: MakeSpec, tmp_path: Path):
+    result = train(make_spec("data.validation=0.2", "intervention.layers=[0, 2]"), tmp_path / "run", max_steps=1)
+    record = json.loads((result.run / "run.json").read_text())
+    assert (record["data"]["train"]["used"], record["data"]["validation"]["used"]) == (16, 4)
+    assert tensors(result.run)["bank.projection"].shape[0] == 2
+
+
+def test_tensorboard_gets_the_metrics(make_spec: MakeSpec, tmp_path: Path):
+    result = train(make_spec("log=[tensorboard]"), tmp_path / "run", max_steps=2)
+    assert list(result.run.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "text"),
+    [
+        ("intervention.layers=[7]", ModelError, "intervention.layers: layer 7 does not exist; .* has layers 0-2"),
+        ("intervention.component=mlp.nope.input", ModelError, "`mlp.nope.input` is not in model.layers.0"),
+        ("model.device=cuda:9", ModelError, r"model.device: cuda:9 does not exist; this machine has \w+ CUDA devices"),
+        ("model.name=./nowhere", ModelError, r"^\./nowhere: no such folder"),
+        ("data.train=nowhere.jsonl", DataError, "nowhere.jsonl"),
+        ("data.max_length=8", DataError, "rows are longer than data.max_length 8"),
+        ("data.train=null", SpecError, "data.train: missing; name a file"),
+        ("log=[mlflow]", SpecError, "log: mlflow is not installed: pip install mlflow"),
+        ("intervention.rank=99", SpecError, "intervention.rank: 99 is more than the 32 dimensions"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_folder_is_made(
+    make_spec: MakeSpec, tmp_path: Path, override: str, error: type[Exception], text: str
+):
+    with pytest.raises(error, match=text):
+        train(make_spec(override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_training_state_is_refused(make_spec: MakeSpec, tmp_path: Path):
+    result = train(make_spec(), tmp_path / "run", max_steps=2)
+    (result.run / "last" / "training.json").write_text("{}x")
+    with pytest.raises(CheckpointError, match="cannot be read, so training cannot go on from here"):
+        train(make_spec(), tmp_path / "run", resume="last")
