@@ -3,12 +3,9 @@
 import io
 import sys
 
+from stand_ins import Terminal
+
 from reft_cli.cli import console
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_table_in_a_pipe_is_plain_and_whole(capsys):

@@ -1,10 +1,10 @@
 """Progress: the plain lines, the live display, and the numbers in them."""
 
-import io
 import sys
 from pathlib import Path
 
 import pytest
+from stand_ins import Terminal
 
 from reft_cli.cli import console
 from reft_cli.cli.progress import LiveProgress, PlainProgress, duration, gibibytes, progress, step_line, thousands
@@ -29,11 +29,6 @@ VALIDATION = EvaluationRecord(step=40, split="validation", metrics={"exact_match
 def _settings(monkeypatch):
     for name, value in vars(console.Settings()).items():
         monkeypatch.setattr(console.settings, name, value)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""`reft eval` with a stand-in for runs.evaluate: tables, JSON, and --fail-under as a gate."""
+
+from pathlib import Path
+
+import pytest
+
+from reft_cli.runs import EvalReport
+
+SCORES = {"loss": 0.5, "accuracy": 0.6}
+BASE = {"loss": 7.0, "accuracy": 0.25}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of runs.evaluate, which scores nothing."""
+    made = []
+
+    def evaluate(run, *, base, **flags):
+        made.append({"run": run, "base": base} | flags)
+        return EvalReport(
+            run=run,
+            checkpoint=run / "checkpoints/step_000040",
+            data="test.jsonl",
+            rows=400,
+            metric="accuracy",
+            metrics=SCORES if base != "only" else {},
+            base_metrics=BASE if base != "none" else {},
+            seconds=2.0,
+            path=run / "eval/test.json",
+        )
+
+    monkeypatch.setattr("reft_cli.runs.evaluate", evaluate)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flag", "table"),
+    [
+        ([], [["metric", "run"], ["loss", "0.5000"], ["accuracy", "0.6000"]]),
+        (["--base"], [["metric", "base"], ["loss", "7.0000"], ["accuracy", "0.2500"]]),
+        (
+            ["--compare-base"],
+            [
+                ["metric", "base", "run", "difference"],
+                ["loss", "7.0000", "0.5000", "-6.5000"],
+                ["accuracy", "0.2500", "0.6000", "+0.3500"],
+            ],
+        ),
+    ],
+)
+def test_the_table_is_all_of_stdout(reft, calls, flag, table):
+    done = reft("eval", "runs/s", *flag)
+    assert [line.split() for line in done.out.splitlines()] == table
+    assert "400 rows of test.jsonl in 2s" in done.err and "kept in runs/s/eval/test.json" in done.err
+
+
+def test_the_report_as_json(reft, calls):
+    found = reft("eval", "runs/s", "--json").json
+    assert found["metrics"] == SCORES and found["checkpoint"] == "runs/s/checkpoints/step_000040"
+
+
+def test_flags_reach_the_evaluation(reft, calls):
+    words = "--data d.csv --split validation --limit 5 --batch-size 2 --checkpoint 40 --device cpu --model m"
+    reft("eval", "runs/s", *words.split(), "--trust-remote-code")
+    call = calls[0]
+    assert call["run"] == Path("runs/s") and call["base"] == "none"
+    assert (call["data"], call["split"], call["limit"], call["batch_size"]) == ("d.csv", "validation", 5, 2)
+    assert (call["checkpoint"], call["device"], call["model"], call["trust_remote_code"]) == ("40", "cpu", "m", True)
+
+
+@pytest.mark.parametrize(
+    ("gates", "code"),
+    [(["accuracy=0.6"], 0), (["accuracy=0.61"], 7), (["accuracy=0.5", "accuracy=0.7"], 7), (["accuracy=nan"], 7)],
+)
+def test_the_gate(reft, calls, gates, code):
+    done = reft("eval", "runs/s", *(word for gate in gates for word in ("--fail-under", gate)))
+    assert done.code == code and "accuracy" in done.out
+    if code:
+        assert "accuracy is 0.6000, below" in done.err
+
+
+def test_the_gate_as_json_comes_after_the_result(reft, calls):
+    done = reft("eval", "runs/s", "--json", "-q", "--fail-under", "accuracy=0.9")
+    assert done.json["metrics"] == SCORES
+    assert done.error["code"] == 7 and done.error["kind"] == "threshold"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fail-under", "accuracy"], "--fail-under accuracy: write METRIC=NUMBER"),
+        (["--fail-under", "accuracy=high"], "write METRIC=NUMBER"),
+        (["--fail-under", "loss=2"], "a low loss is a good one"),
+        (["--base", "--compare-base"], "give one of them"),
+        (["--limit", "0"], "--limit"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_before_any_work(reft, calls, words, said):
+    done = reft("eval", "runs/s", *words)
+    assert done.code == 2 and said in done.err and not calls
+
+
+def test_a_gate_for_a_score_that_there_is_not(reft, calls):
+    done = reft("eval", "runs/s", "--fail-under", "f1=0.5")
+    assert done.code == 2 and "--fail-under f1: no such score; there are loss, accuracy" in done.err
+
+
+def test_running_out_of_memory_is_code_5(reft, monkeypatch):
+    import torch
+
+    def evaluate(run, **flags):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr("reft_cli.runs.evaluate", evaluate)
+    done = reft("eval", "runs/s", "--json")
+    assert done.code == 5 and done.error["kind"] == "memory" and "--batch-size" in done.error["hint"]

@@ -1,0 +1,197 @@
+"""`reft infer` with a stand-in for a session: one prompt, rows in and out, and which flags go together."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from stand_ins import FakeSession, Terminal
+
+
+@pytest.fixture
+def session(monkeypatch):
+    fake = FakeSession()
+    monkeypatch.setattr("reft_cli.runs.open_run", lambda run, **flags: fake.opened.update(flags, run=run) or fake)
+    return fake
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A file with 600 rows, more than are answered at once."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": f"row {index} ä", "id": index}) for index in range(600)]
+    Path("in.jsonl").write_text("\n".join(lines) + "\n")
+    return "in.jsonl"
+
+
+# ---- one prompt
+
+
+def test_the_completion_and_nothing_else(reft, session):
+    done = reft("infer", "runs/s", "--prompt", "good")
+    assert (done.code, done.out, done.err) == (0, "GOOD\n", "")
+    assert session.opened["run"] == Path("runs/s") and session.opened["checkpoint"] is None
+
+
+def test_the_base_alone(reft, session):
+    assert reft("infer", "runs/s", "--prompt", "good", "--base").out == "doog\n"
+
+
+def test_both_models_are_labelled_lines_in_a_pipe(reft, session):
+    assert reft("infer", "runs/s", "--prompt", "good", "--compare").out == "base: doog\nrun: GOOD\n"
+
+
+def test_both_models_stand_side_by_side_on_a_terminal(reft, session, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert reft("infer", "runs/s", "--prompt", "good", "--compare").code == 0
+    line = next(line for line in screen.getvalue().splitlines() if "doog" in line)
+    assert "GOOD" in line
+
+
+def test_json(reft, session):
+    assert reft("infer", "runs/s", "--prompt", "good", "--json").json == {
+        "prompt": "good",
+        "answer": " GOOD\n",
+        "tokens": 4,
+        "finished": True,
+    }
+    both = reft("infer", "runs/s", "--prompt", "good", "--json", "--compare").json
+    assert both["base"]["answer"] == " doog\n" and both["run"]["answer"] == " GOOD\n"
+
+
+def test_settings_reach_the_session(reft, session):
+    words = "--max-new-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 --checkpoint 40 --device cpu"
+    reft("infer", "runs/s", "--prompt", "x", "--raw", *words.split())
+    assert session.calls[0]["raw"] is True
+    assert session.calls[0]["settings"] == {
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "seed": 7,
+    }
+    assert (session.opened["checkpoint"], session.opened["device"]) == ("40", "cpu")
+
+
+def test_columns_of_one_row(reft, session):
+    assert reft("infer", "runs/s", "--field", "text=a=b", "--field", "who=me").out == "A=B\n"
+    assert session.calls[0]["prompts"] == [{"text": "a=b", "who": "me"}]
+
+
+def test_a_stream_is_the_same_text(reft, session):
+    assert reft("infer", "runs/s", "--prompt", " two  words ", "--stream").out == "TWO  WORDS\n"
+
+
+def test_on_a_terminal_answers_stream(reft, session, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(FakeSession, "answer", None)
+    monkeypatch.setattr(FakeSession, "stream", lambda self, prompt, **how: iter([" piece", " by piece"]))
+    assert reft("infer", "runs/s", "--prompt", "x").code == 0
+    assert screen.getvalue() == "piece by piece\n"
+
+
+# ---- rows
+
+
+def test_rows_in_rows_out_in_order(reft, session, rows):
+    done = reft("infer", "runs/s", "--input", rows)
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [line["id"] for line in lines] == list(range(600))
+    assert lines[7] == {"text": "row 7 ä", "id": 7, "prediction": " ROW 7 Ä\n"}
+    assert "ä" in done.out
+
+
+def test_rows_from_stdin_answered_by_both(reft, session, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "a"}\n\n{"text": "bc"}\n'))
+    lines = [json.loads(line) for line in reft("infer", "runs/s", "--input", "-", "--compare", "-q").out.splitlines()]
+    assert lines[1] == {"text": "bc", "base_prediction": " cb\n", "prediction": " BC\n"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"text": "a"}\nplain words\n', "stdin:2:1: not a JSON object"),
+        ('"a"\n', "stdin:1:1: not a JSON object"),
+        ("", "stdin: no rows"),
+        ('{"words": "a"}\n', "no column `text`"),
+        ('{"text": "a", "prediction": 1}\n', "has a column `prediction`, where the answer goes"),
+    ],
+)
+def test_rows_that_cannot_be_answered(reft, session, monkeypatch, text, said):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    done = reft("infer", "runs/s", "--input", "-")
+    assert done.code == 3 and done.out == "" and said in done.err
+
+
+def test_raw_rows_are_taken_from_the_column_prompt(reft, session, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "as it is"}\n'))
+    reft("infer", "runs/s", "--input", "-", "--raw")
+    assert session.calls[0]["prompts"] == ["as it is"] and session.calls[0]["raw"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "x"}\n'))
+    assert "--raw takes the text of column `prompt`" in reft("infer", "runs/s", "--input", "-", "--raw").err
+
+
+def test_an_output_file(reft, session, rows):
+    done = reft("infer", "runs/s", "--input", rows, "-o", "sub/out.jsonl")
+    assert done.out == "sub/out.jsonl\n"
+    assert len(Path("sub/out.jsonl").read_text().splitlines()) == 600
+
+
+def test_an_output_is_gone_on_with(reft, session, rows):
+    reft("infer", "runs/s", "--input", rows, "-o", "whole.jsonl")
+    whole = Path("whole.jsonl").read_text()
+    torn = whole[: len(whole) // 2]
+    Path("part.jsonl").write_text(torn)
+    done = reft("infer", "runs/s", "--input", rows, "-o", "part.jsonl")
+    assert done.code == 2 and "part.jsonl exists; go on with it by --resume" in done.err
+    session.calls.clear()
+    done = reft("infer", "runs/s", "--input", rows, "-o", "part.jsonl", "--resume")
+    assert "answering: 600 rows, from row" in done.err
+    assert sum(len(call["prompts"]) for call in session.calls) == 600 - torn.count("\n")
+    assert Path("part.jsonl").read_text() == whole
+
+
+def test_an_output_of_other_rows_is_refused(reft, session, rows):
+    Path("out.jsonl").write_text('{"text": "something else", "prediction": "x"}\n')
+    done = reft("infer", "runs/s", "--input", rows, "-o", "out.jsonl", "--resume")
+    assert done.code == 2 and "out.jsonl:1 is not the answer to row 1 of in.jsonl" in done.err
+
+
+def test_an_output_that_cannot_be_written(reft, session, rows):
+    done = reft("infer", "runs/s", "--input", rows, "-o", "in.jsonl/x")
+    assert done.code == 2 and "in.jsonl/x: cannot be written" in done.err
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to answer; give --prompt"),
+        (["--prompt", "x", "--chat"], "--prompt and --chat do not go together"),
+        (["--prompt", "x", "--input", "f"], "--prompt and --input do not go together"),
+        (["--prompt", "x", "--base", "--compare"], "--base and --compare do not go together"),
+        (["--chat", "--json"], "--chat and --json"),
+        (["--field", "a=b", "--raw"], "--field and --raw"),
+        (["--prompt", "x", "--stream", "--json"], "--stream and --json"),
+        (["--prompt", "x", "--output", "f"], "--output goes with --input"),
+        (["--input", "f", "--resume"], "--resume goes with --output"),
+        (["--field", "words"], "--field words: write NAME=TEXT"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "x", "--top-p", "0"], "--top-p"),
+    ],
+)
+def test_flags_that_do_not_go_together(reft, session, words, said):
+    done = reft("infer", "runs/s", *words)
+    assert done.code == 2 and said in done.err and done.out == "" and not session.calls
+
+
+def test_a_run_that_is_not_there(reft, tmp_path):
+    done = reft("infer", tmp_path / "none", "--prompt", "x", "--json")
+    assert done.code == 4 and done.error["kind"] == "checkpoint"
