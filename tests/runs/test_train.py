@@ -169,7 +169,9 @@ def test_out_of_memory_gives_advice(make_spec: MakeSpec, tmp_path: Path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.40 GiB. GPU 0 has 23.7 GiB")
 
     monkeypatch.setattr("reft_cli.tasks.objectives.CausalLM.loss", no_memory)
-    with pytest.raises(MemoryExhausted, match=r"Try, in order: train.micro_batch_size: 1; train.gradient_checkpointing"):
+    with pytest.raises(
+        MemoryExhausted, match=r"Try, in order: train.micro_batch_size: 1; train.gradient_checkpointing"
+    ):
         train(make_spec(), tmp_path / "run")
     assert json.loads((tmp_path / "run/run.json").read_text())["exit_code"] == 5
 
