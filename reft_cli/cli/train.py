@@ -78,7 +78,9 @@ def train(
         console.result_json({"resolved": text}) if as_json else console.result(text.rstrip("\n"))
         return
     from reft_cli import runs
+    from reft_cli.runs.train import run_path
 
+    console.settings.run = run_path(loaded.spec, loaded_name=loaded.path.stem, output=output, name=name)
     try:
         with progress() as observer:
             done = runs.train(loaded, output=output, name=name, resume=resume, overwrite=overwrite, observer=observer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ def reft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     for name in console.QUIET_LIBRARIES:
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what main() sets is undone
         monkeypatch.delenv(name)
+    if "transformers" in sys.modules:  # imported before main() could make it quiet
+        monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
 
     def run(*words: object) -> Done:
         capsys.readouterr()

@@ -1,0 +1,85 @@
+"""`reft check`: the report of a real spec, and how a row is shown in a pipe and on a terminal."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from reft_cli.cli.check import marked, painted
+from reft_cli.data.report import Token
+
+ROW = [
+    Token("Good", True, False, ("f1+l1",)),
+    Token(" film", True, False, ()),
+    Token("\nIs", True, False, ("f1+l1",)),
+    Token(" it", False, True, ()),
+    Token("!", False, True, ()),
+]
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"say {word}: ", "completion": word} for word in ("one", "two", "three", "four", "five")]
+    rows.append({"prompt": "x", "completion": "short"})
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("s.yaml").write_text(
+        f"model: {tiny_llama}\n"
+        "intervention: {positions: f2+l2, rank: 2}\n"
+        "data: {train: train.jsonl, test: train.jsonl}\n"
+        "train: {global_batch_size: 2}\n"
+    )
+    return "s.yaml"
+
+
+def test_a_row_in_a_pipe_has_marks():
+    assert marked(ROW) == r"[f1+l1]Good[/] film[f1+l1]\nIs[/][answer] it![/]"
+
+
+def test_an_edited_answer_has_both_marks():
+    assert marked([Token("a", False, True, ("all",))]) == "[all answer]a[/]"
+
+
+def test_a_row_on_a_terminal_has_colours():
+    text = painted(ROW)
+    assert text.plain == "Good film\nIs it!"
+    assert [str(span.style) for span in text.spans] == ["dim underline", "dim", "dim underline", "green", "green"]
+
+
+def test_the_report(reft, spec):
+    done = reft("check", spec)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0] == "spec       s.yaml: ok"
+    assert lines[-1] == "next: reft train s.yaml"
+    for piece in (
+        "trainable  390 (",
+        "3 sites × 130 (width 32, rank 2)",
+        "steps      9 (3 an epoch)",
+        "memory     about",
+    ):
+        assert piece in done.out, piece
+    assert r"[f2+l2]sa[/]y one[f2+l2]: [/][answer]one<eos>[/]" in done.out
+    split = next(line.split() for line in lines if line.startswith("train "))
+    assert split[:6] == ["train", "train.jsonl", "6", "6", "0", "0"]
+    assert "warning: train.jsonl: 1 of 6 rows with a prompt of fewer than 4 tokens" in done.err
+    assert not Path("runs").exists()
+
+
+def test_the_report_as_json(reft, spec):
+    found = reft("check", spec, "--json", "--rows", 2).json
+    assert found["steps"] == 9 and found["model"]["trainable_parameters"] == 390
+    assert [row["row"] for row in found["rows"]] == [1, 2]
+    assert found["data"]["train"]["counts"]["used"] == 6 and len(found["warnings"]) == 2
+
+
+def test_without_the_weights(reft, spec, monkeypatch):
+    monkeypatch.setattr(sys.modules["reft_cli.runs.check"], "load_base", None)  # the package has a function `check`
+    done = reft("check", spec, "--no-model", "--rows", 0, "-q")
+    assert done.code == 0 and "steps  9 (3 an epoch)" in done.out
+    assert "trainable" not in done.out and "row 1" not in done.out
+
+
+def test_overrides(reft, spec):
+    assert reft("check", spec, "--no-model", "--json", "--set", "train.epochs=1").json["steps"] == 3
