@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import DECODERS, base_of
 from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.models.build import build_intervened
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import TASKS
+from tiny_models import DECODERS, base_of
 
 
 def example(prompt: int, answer: int, *, row: int = 1, label: int | float | None = None) -> Example:

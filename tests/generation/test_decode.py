@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import base_of, byte_tokenizer
 from reft_cli.data.encode import Example
 from reft_cli.generation.decode import Decoding, decode_all, decode_batch
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
+from tiny_models import base_of, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 GREEDY = Decoding(max_new_tokens=8)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from conftest import DECODERS, ENCODERS, base_of
 from reft_cli.errors import ModelError
 from reft_cli.models.blocks import find_blocks, find_target, select_layers, target_width
 from reft_cli.models.sites import COMPONENTS
+from tiny_models import DECODERS, ENCODERS, base_of
 
 FAMILIES = [*DECODERS, *ENCODERS]
 MIXTURES = ("mixtral", "qwen3_moe")

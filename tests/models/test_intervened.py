@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import DECODERS, ENCODERS, base_of
 from reft_cli.errors import ModelError
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.sites import COMPONENTS
 from reft_cli.positions import Positions
+from tiny_models import DECODERS, ENCODERS, base_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 METHODS = ("loreft", "noreft", "direft", "direft_orthogonal", "consreft", "lobireft", "red")

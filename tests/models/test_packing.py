@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import DECODERS, base_of
 from reft_cli.models.packing import keeps_packed_apart
+from tiny_models import DECODERS, base_of
 
 
 @pytest.mark.parametrize("family", DECODERS)
