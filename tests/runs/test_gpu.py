@@ -36,7 +36,7 @@ def test_float32_losses_are_those_of_the_cpu(make_spec: MakeSpec, tmp_path: Path
 def test_half_types_learn_and_reload(make_spec: MakeSpec, tmp_path: Path, observer, dtype: str):
     sets = ("model.device=cuda", f"model.dtype={dtype}", "train.epochs=6", "train.gradient_checkpointing=true")
     found = losses(make_spec(*sets), tmp_path / "run", observer)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < found[0] - 0.1
     first = runs.evaluate(tmp_path / "run", observer=QUIET, device="cuda")
     second = runs.evaluate(tmp_path / "run", observer=QUIET, device="cuda")
     assert first.metrics == second.metrics
