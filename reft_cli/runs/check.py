@@ -13,6 +13,7 @@ from reft_cli.runs.assemble import base_source, build_from_spec, load_base, toke
 from reft_cli.runs.estimate import Estimate, estimate
 from reft_cli.runs.texts import TrainingData, load_training_data, source_of
 from reft_cli.spec.load import LoadedSpec
+from reft_cli.tasks.objectives import TASKS
 from reft_cli.training.schedule import Order
 
 
@@ -93,6 +94,7 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
         encoded["test"] = data.text.encode(read_rows(source_of(spec.data, "test")))
     groups = data.text.positions.groups(tied=spec.intervention.tied)
     order = Order(len(data.train.examples), spec.train.global_batch_size, spec.train.seed)
+    steps = order.steps(spec.train.epochs, spec.train.max_steps)
     return CheckReport(
         spec=str(loaded.path),
         data={split: report(each, positions=data.text.positions) for split, each in encoded.items()},
@@ -100,14 +102,14 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
             RenderedRow(each.row, render_row(each, tokenizer=tokenizer, groups=groups))
             for each in data.train.examples[:rows]
         ],
-        steps=order.steps(spec.train.epochs, spec.train.max_steps),
+        steps=steps,
         steps_per_epoch=order.steps_per_epoch,
-        model=_model_report(loaded, data) if with_model else None,
+        model=_model_report(loaded, data, steps=steps) if with_model else None,
         next_command=f"reft train {loaded.path}",
     )
 
 
-def _model_report(loaded: LoadedSpec, data: TrainingData) -> ModelReport:
+def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> ModelReport:
     spec = loaded.spec
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
     model = build_from_spec(base, spec)
@@ -129,10 +131,11 @@ def _model_report(loaded: LoadedSpec, data: TrainingData) -> ModelReport:
         arithmetic=f"{parts} (width {bank.width}, rank {bank.rank or '–'})",
         estimate=estimate(
             model,
+            TASKS[spec.task.kind],
             examples=data.train.examples,
-            epochs_steps=Order(len(data.train.examples), spec.train.global_batch_size, 0).steps(
-                spec.train.epochs, spec.train.max_steps
-            ),
+            groups=data.text.positions.groups(tied=spec.intervention.tied),
+            pad_token_id=data.text.tokenizer.pad_token_id or 0,
+            steps=steps,
             global_batch_size=spec.train.global_batch_size,
             micro_batch_size=None if spec.train.micro_batch_size == "auto" else spec.train.micro_batch_size,
             token_budget=token_budget(model.device),

@@ -1,4 +1,4 @@
-"""Memory and time of a training run, from the model's shape and the rows' lengths. No step is run.
+"""Memory and time of a training run: by the model's shape and the rows' lengths, and by one pass where that is quick.
 
 Floating-point operations of a frozen base: 2 for each weight and token forward, 2 more backward (gradients of
 activations only; a full finetuning needs 4), so 4 N T; layers below the lowest edited one go forward only.
@@ -6,66 +6,119 @@ activations only; a full finetuning needs 4), so 4 N T; layers below the lowest 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from reft_cli.data.batch import micro_batches
+from reft_cli.data.batch import Batch, build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.models.blocks import find_blocks, hidden_size
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.positions import PositionGroup
+from reft_cli.tasks.objectives import Task
 
-KEPT_PER_LAYER = (
-    34  # values of hidden size that a block keeps a token for its backward pass: attention 11, MLP 19, norms 4
-)
+# Values of hidden size that a block keeps a token for its backward pass: attention 11, MLP 19, norms 4.
+KEPT_PER_LAYER = 34
+QUICK = 2e12  # operations of a pass that may be tried on a CPU: some tens of seconds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run. Bytes are of the device's memory; operations are floating-point ones."""
+    """Of a whole run. Bytes are of the device's memory, operations floating-point ones."""
 
     weights_bytes: int
     activation_bytes: int
     trainable_bytes: int
     operations: float
     tokens: int
+    seconds: float | None
+    """All training steps, by the time of one pass over the longest rows; None if that would take long here."""
+    measured_bytes: int | None
+    """Peak of that pass, where the device counts it."""
 
     @property
     def memory_bytes(self) -> int:
-        """The peak."""
-        return self.weights_bytes + self.activation_bytes + self.trainable_bytes
+        """The peak: measured, else what the parts add up to."""
+        return self.measured_bytes or self.weights_bytes + self.activation_bytes + self.trainable_bytes
 
 
 def estimate(
     model: IntervenedModel,
+    task: Task,
     *,
     examples: Sequence[Example],
-    epochs_steps: int,
+    groups: Sequence[PositionGroup],
+    pad_token_id: int,
+    steps: int,
     global_batch_size: int,
     micro_batch_size: int | None,
     token_budget: int,
     checkpointing: bool,
 ) -> Estimate:
-    """What `epochs_steps` steps take; the largest micro-batch is the one of the longest rows."""
+    """What `steps` steps take; the largest micro-batch is the one of the longest rows."""
     longest = sorted(examples, key=lambda each: -len(each.input_ids))[:global_batch_size]
     first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=True))
-    tokens = max(len(each.input_ids) for each in first) * len(first)
-    answers = sum(each.learned for each in first)
-    blocks, width = len(find_blocks(model.base_model).modules), hidden_size(model.base_model)
-    lowest = min(site.layer for site in model.sites)
-    parameter = next(model.base_model.parameters())
-    kept = 2 * (blocks - lowest) + KEPT_PER_LAYER if checkpointing else KEPT_PER_LAYER * (blocks - lowest)
-    vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
-    logits = answers * vocabulary * (parameter.element_size() + 2 * torch.float32.itemsize)
-    embedding = vocabulary * width
-    body = max(model.base_count() - embedding, 0)
+    batch = build_batch(first, groups=groups, layout="padded", pad_token_id=pad_token_id)
+    tokens = batch.inputs["input_ids"].numel()
     mean = sum(len(each.input_ids) for each in examples) / len(examples)
-    seen = round(mean * min(global_batch_size, len(examples)) * epochs_steps)
+    seen = round(mean * min(global_batch_size, len(examples)) * steps)
+    for_each_token = _operations_a_token(model)
+    seconds = measured = None
+    if model.device.type != "cpu" or for_each_token * tokens < QUICK:
+        model.checkpoint_activations(checkpointing)
+        seconds, measured = _try_pass(model, task, batch.to(model.device))
+        seconds *= seen / tokens
     return Estimate(
         weights_bytes=sum(p.numel() * p.element_size() for p in model.base_model.parameters()),
-        activation_bytes=tokens * width * kept * parameter.element_size() + logits,
+        activation_bytes=_activation_bytes(model, tokens, len(batch.targets), checkpointing),
         trainable_bytes=4 * torch.float32.itemsize * model.trainable_count(),
-        operations=(2 + 2 * (blocks - lowest) / blocks) * body * seen,
+        operations=for_each_token * seen,
         tokens=seen,
+        seconds=seconds,
+        measured_bytes=measured,
     )
+
+
+def _edited_share(model: IntervenedModel) -> tuple[int, int]:
+    """(blocks, blocks from the lowest edited one up)."""
+    blocks = len(find_blocks(model.base_model).modules)
+    return blocks, blocks - min(site.layer for site in model.sites)
+
+
+def _operations_a_token(model: IntervenedModel) -> float:
+    blocks, edited = _edited_share(model)
+    embedding = int(getattr(model.base_model.config, "vocab_size", 0)) * hidden_size(model.base_model)
+    return (2 + 2 * edited / blocks) * max(model.base_count() - embedding, 0)
+
+
+def _activation_bytes(model: IntervenedModel, tokens: int, answers: int, checkpointing: bool) -> int:
+    _, edited = _edited_share(model)
+    size = next(model.base_model.parameters()).element_size()
+    kept = 2 * edited + KEPT_PER_LAYER if checkpointing else KEPT_PER_LAYER * edited
+    vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
+    logits = answers * vocabulary * (size + 2 * torch.float32.itemsize)
+    return tokens * hidden_size(model.base_model) * kept * size + logits
+
+
+def _try_pass(model: IntervenedModel, task: Task, batch: Batch) -> tuple[float, int | None]:
+    """(seconds, peak bytes) of one forward and backward pass, the second of two; no weight is changed."""
+    device, seconds = model.device, 0.0
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    model.train()
+    with model:
+        for _ in range(2):
+            started = time.perf_counter()
+            model.bank.refresh()
+            with model.editing(batch.rows):
+                task.loss(model, batch).backward()
+            model.bank.backpropagate()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+    model.bank.zero_grad()
+    model.eval()
+    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None
