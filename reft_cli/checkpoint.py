@@ -5,7 +5,9 @@
     training.safetensors        optimizer moments and generator states, only for `--resume`
     training.json               where the run stood
 
-A folder is written under a temporary name, synced and renamed, so there is never half a one. Nothing is unpickled.
+The first two are a whole checkpoint. Digests seal each pair, and the second to the first, so that damage and mixtures
+are seen; a folder is written under a temporary name, synced and renamed, so that there is never half a one. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -18,16 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from reft_cli.errors import CheckpointError
+from reft_cli.layers import parse_layers
+from reft_cli.positions import Positions
+from reft_cli.spec.quoting import printable
+from reft_cli.spec.schema import GenerationSpec, Method
 
 FORMAT: Literal[1] = 1
 TENSORS, MANIFEST = "interventions.safetensors", "reft.json"
 TRAINING_TENSORS, TRAINING_STATE = "training.safetensors", "training.json"
+LARGEST_JSON = 2**24  # bytes; a manifest has a few thousand, or twenty for each of very many labels
 
 
 class _Part(BaseModel):
@@ -49,13 +56,30 @@ class BaseIdentity(_Part):
 class InterventionIdentity(_Part):
     """What is edited, and how."""
 
-    method: str
+    method: Method
     component: str
     layers: list[int]
     positions: str
     tied: bool
-    rank: int | None
+    rank: int | None = Field(ge=1)
     width: int = Field(ge=1)
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: list[int]) -> list[int]:
+        parse_layers(layers)
+        return layers
+
+    @field_validator("positions")
+    @classmethod
+    def _positions(cls, text: str) -> str:
+        return str(Positions.parse(text))
+
+    @model_validator(mode="after")
+    def _rank(self) -> InterventionIdentity:
+        if (self.rank is None) != (self.method == "red"):
+            raise ValueError(f"{self.method} with rank {self.rank}")
+        return self
 
 
 class TextIdentity(_Part):
@@ -71,12 +95,27 @@ class TextIdentity(_Part):
     max_length: int = Field(ge=1)
     on_overflow: Literal["error", "drop", "truncate_prompt"]
 
+    @model_validator(mode="after")
+    def _labels(self) -> TextIdentity:
+        if (self.kind == "classification") != bool(self.labels):
+            raise ValueError(f"{self.kind} with labels {self.labels}")
+        return self
+
 
 class TensorIdentity(_Part):
     """Shape and type of a stored tensor."""
 
     shape: list[int]
     dtype: str
+
+
+class Digests(_Part):
+    """SHA-256 that a checkpoint is checked by."""
+
+    tensors: str
+    """Of interventions.safetensors."""
+    manifest: str
+    """Of every other key of reft.json, `tensors` included."""
 
 
 class Manifest(_Part):
@@ -90,7 +129,13 @@ class Manifest(_Part):
     text: TextIdentity
     generation: dict[str, Any]
     tensors: dict[str, TensorIdentity]
-    sha256: str
+    sha256: Digests
+
+    @field_validator("generation")
+    @classmethod
+    def _generation(cls, values: dict[str, Any]) -> dict[str, Any]:
+        GenerationSpec.model_validate(values)
+        return values
 
 
 @dataclass(frozen=True)
@@ -119,30 +164,87 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder; `manifest` is a Manifest's fields without tensors and sha256.
 
-    An older folder of that name is replaced. A crash at any moment leaves the old one or none.
+    An older folder of that name is replaced. A crash at any moment leaves the old one or none. OSError: the disk is
+    full, say; then the old one is as it was, and nothing else is left.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, scratch / TENSORS)
-    digest = hashlib.sha256((scratch / TENSORS).read_bytes()).hexdigest()
-    whole = Manifest(**manifest, tensors=describe_tensors(stored), sha256=digest)
-    (scratch / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    state_tensors, state = training
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state_tensors.items()}, scratch / TRAINING_TENSORS)
-    (scratch / TRAINING_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for file in scratch.iterdir():
-        _sync(file)
-    _sync(scratch)
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{use}.tmp") for use in ("new", "old"))
+    _remove(new, old)  # a killed process may have had our number
+    try:
+        new.mkdir(parents=True)
+        for name, data in _files(tensors, manifest, training).items():
+            _write(new / name, data)
+        _sync(new)
+        _replace(path, new, old)
+        _sync(path.parent)
+    finally:
+        _remove(new, old)
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Put `new` at `path`, and what was there at `old`."""
     if path.exists():
-        shutil.rmtree(path)
-    scratch.rename(path)
-    _sync(path.parent)
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(
+    tensors: dict[str, Tensor], manifest: dict[str, Any], training: tuple[dict[str, Tensor], dict[str, Any]]
+) -> dict[str, bytes]:
+    """Names and contents."""
+    stored = _on_host(tensors)
+    data = save(stored)
+    unsealed = Manifest(
+        **manifest, tensors=describe_tensors(stored), sha256=Digests(tensors=_digest(data), manifest="")
+    )
+    fields = json.loads(unsealed.model_dump_json())
+    fields["sha256"]["manifest"] = _manifest_digest(fields)
+    moments, progress = save(_on_host(training[0])), training[1]
+    state = {"progress": progress, "sha256": _training_digest(progress, moments, Manifest(**fields))}
+    return {
+        TENSORS: data,
+        MANIFEST: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(),
+        TRAINING_TENSORS: moments,
+        TRAINING_STATE: (json.dumps(state, indent=2) + "\n").encode(),
+    }
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _manifest_digest(fields: dict[str, Any]) -> str:
+    """Of every key but itself, as JSON; spaces and the order of keys do not matter."""
+    return _digest(json.dumps(fields | {"sha256": fields["sha256"]["tensors"]}, sort_keys=True).encode())
+
+
+def _training_digest(progress: object, moments: bytes, manifest: Manifest) -> str:
+    """Ties a training state to the weights that it was written with."""
+    return _digest(manifest.sha256.manifest.encode(), json.dumps(progress, sort_keys=True).encode(), moments)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -158,49 +260,71 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such checkpoint folder")
     manifest = _read_manifest(path / MANIFEST)
     file = path / TENSORS
-    try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
-    if digest != manifest.sha256:
+    data = _read(file)
+    if _digest(data) != manifest.sha256.tensors:
         raise CheckpointError(f"{file}: damaged: its contents are not those that {MANIFEST} was written for")
-    tensors = _read_tensors(file)
+    tensors = _tensors(data, file)
     if describe_tensors(tensors) != manifest.tensors:
-        raise CheckpointError(f"{file}: its tensors are not those that {MANIFEST} lists")
+        raise CheckpointError(f"{file}: damaged: its tensors are not those that {MANIFEST} lists")
     return Checkpoint(path, manifest, tensors)
 
 
-def read_training_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `--resume` needs. CheckpointError: the checkpoint holds none, or a damaged one."""
+def read_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `--resume` needs. CheckpointError: the checkpoint holds none, a damaged one, or that of another."""
+    state_file, file = checkpoint.path / TRAINING_STATE, checkpoint.path / TRAINING_TENSORS
+    for needed in (state_file, file):
+        if not needed.exists():
+            raise CheckpointError(f"{checkpoint.path}: has no {needed.name}, so training cannot go on from it")
+    state, moments = _read_json(state_file), _read(file)
+    if not isinstance(state, dict) or not isinstance(progress := state.get("progress"), dict):
+        raise CheckpointError(f"{state_file}: damaged: not a training state")
+    if state.get("sha256") != _training_digest(progress, moments, checkpoint.manifest):
+        raise CheckpointError(
+            f"{checkpoint.path}: {TRAINING_STATE} or {TRAINING_TENSORS} is damaged, or not of this checkpoint, "
+            "so training cannot go on from it"
+        )
+    return _tensors(moments, file), progress
+
+
+def _read(file: Path) -> bytes:
     try:
-        state = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / TRAINING_STATE}: cannot be read, so training cannot go on from here") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path / TRAINING_STATE}: not a training state")
-    return _read_tensors(path / TRAINING_TENSORS), state
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_json(file: Path) -> Any:  # noqa: ANN401  any JSON value
     try:
-        return load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
-
-
-def _read_manifest(file: Path) -> Manifest:
-    try:
-        text = file.read_text(encoding="utf-8")
-        found = json.loads(text)
+        if file.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{file}: damaged: larger than any that reft writes")
+        return json.loads(_read(file).decode())
     except OSError as error:
         raise CheckpointError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: not JSON") from error
-    if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
-        raise CheckpointError(f"{file}: format {found['format']}; this version reads up to {FORMAT}: update reft")
+
+
+def _tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     try:
-        return Manifest.model_validate_json(text)
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: damaged: {printable(str(error), limit=200)}") from error
+
+
+def _read_manifest(file: Path) -> Manifest:
+    found = _read_json(file)
+    written = found.get("format") if isinstance(found, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise CheckpointError(f"{file}: format {written}; this version reads up to {FORMAT}: update reft")
+    try:
+        manifest = Manifest.model_validate(found)
+        sealed = _manifest_digest(found) == manifest.sha256.manifest
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{file}: damaged: {key}: {first['msg']}") from error
+        key = printable(".".join(map(str, first["loc"]))) or "the file"
+        raise CheckpointError(f"{file}: damaged: {key}: {printable(first['msg'], limit=200)}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: damaged: nested too deeply") from error
+    if not sealed:
+        raise CheckpointError(f"{file}: damaged: its contents are not those that were written")
+    return manifest

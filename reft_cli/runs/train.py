@@ -259,7 +259,7 @@ class _Work:
         path = self.run.select(which)
         checkpoint = read_checkpoint(path)
         load_trainables(self.model, checkpoint)
-        tensors, state = read_training_state(path)
+        tensors, state = read_training_state(checkpoint)
         try:
             progress = Progress(**state)
             trainer.resume(progress, tensors)
