@@ -1,8 +1,7 @@
 """Batches: examples as tensors in one of two layouts, with the flat rows that are edited and that answer.
 
 padded: B sequences, right-padded to the longest, with an attention mask.
-packed: one row of all sequences end to end, `position_ids` restarting at each; transformers builds the block-diagonal
-mask from them.
+packed: one row of all sequences end to end, with the positions and boundaries that packed attention needs.
 
 Shapes: B sequences, T tokens of the longest, N rows of h.view(-1, D) (B*T padded, the sum of lengths packed).
 """
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reft_cli.data.encode import Example
+from reft_cli.models.packing import packing_inputs
 from reft_cli.positions import PositionGroup
 
 Layout = Literal["padded", "packed"]
@@ -30,7 +30,7 @@ class Batch:
     `tokens` counts real tokens.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor | int]
     rows: dict[str, Tensor]
     answer_rows: Tensor
     targets: Tensor
@@ -45,7 +45,7 @@ class Batch:
 
         return replace(
             self,
-            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            inputs={name: move(each) if isinstance(each, Tensor) else each for name, each in self.inputs.items()},
             rows={name: move(tensor) for name, tensor in self.rows.items()},
             answer_rows=move(self.answer_rows),
             targets=move(self.targets),
@@ -102,13 +102,13 @@ def edited_rows(
     }
 
 
-def _padded(examples: Sequence[Example], width: int, pad_token_id: int) -> dict[str, Tensor]:
+def _padded(examples: Sequence[Example], width: int, pad_token_id: int) -> dict[str, Tensor | int]:
     ids = torch.full((len(examples), width), pad_token_id, dtype=torch.long)  # [B, T]
     mask = torch.zeros(len(examples), width, dtype=torch.long)  # [B, T]
     for index, example in enumerate(examples):
         ids[index, : len(example.input_ids)] = torch.tensor(example.input_ids)
         mask[index, : len(example.input_ids)] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Tensor | int] = {"input_ids": ids, "attention_mask": mask}
     if examples[0].token_types is not None:
         types = torch.zeros(len(examples), width, dtype=torch.long)  # [B, T]
         for index, example in enumerate(examples):
@@ -117,10 +117,9 @@ def _padded(examples: Sequence[Example], width: int, pad_token_id: int) -> dict[
     return inputs
 
 
-def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:
-    ids = [token for example in examples for token in example.input_ids]
-    positions = [position for example in examples for position in range(len(example.input_ids))]
-    return {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}  # [1, N]
+def _packed(examples: Sequence[Example]) -> dict[str, Tensor | int]:
+    ids = torch.tensor([[token for example in examples for token in example.input_ids]])  # [1, N]
+    return {"input_ids": ids} | packing_inputs([len(example.input_ids) for example in examples])
 
 
 def _labels(examples: Sequence[Example]) -> Tensor | None:

@@ -10,13 +10,15 @@ Shapes: B batch, T tokens, D hidden size, N edited rows, K answer rows, V vocabu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from reft_cli.interventions.bank import Bank
+from reft_cli.models.attention import PACKED, attending
 from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output
 from reft_cli.models.sites import Site
 
@@ -30,7 +32,7 @@ class IntervenedModel(nn.Module):
     head: `head_parameters` are the base class's parameters outside its transformer.
     """
 
-    def __init__(self, base_model: nn.Module, *, blocks: Blocks, bank: Bank, sites: tuple[Site, ...]) -> None:
+    def __init__(self, base_model: PreTrainedModel, *, blocks: Blocks, bank: Bank, sites: tuple[Site, ...]) -> None:
         super().__init__()
         assert bank.sites == len(sites), "one row of the bank for each site"
         self.base_model = base_model
@@ -39,6 +41,7 @@ class IntervenedModel(nn.Module):
         self._rows: Rows | None = None
         self._answer_rows: Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._own_attention = base_model.config._attn_implementation
         self._targets = [find_target(blocks, site.layer, site.component) for site in sites]
 
     def __enter__(self) -> IntervenedModel:
@@ -113,7 +116,11 @@ class IntervenedModel(nn.Module):
         """Change the rows inside `editing`, for passes whose rows are known only as they start (generation)."""
         self._rows = rows
 
-    def logits_at(self, inputs: Mapping[str, Tensor], answer_rows: Tensor) -> Tensor:
+    def packing(self, wanted: bool) -> AbstractContextManager[None]:
+        """Inside, attend within packed sequences, or in the model's own way."""
+        return attending(self.base_model, PACKED if wanted else self._own_attention)
+
+    def logits_at(self, inputs: Mapping[str, Tensor | int], answer_rows: Tensor) -> Tensor:
         """Logits [K, V] at flat rows only: those of a masked prompt are never formed."""
         self._answer_rows = answer_rows
         try:

@@ -9,7 +9,7 @@ from reft_cli.data.encode import Encoded
 from reft_cli.data.records import read_rows
 from reft_cli.data.report import DataReport, Token, render_row, report
 from reft_cli.models.loading import load_tokenizer
-from reft_cli.runs.assemble import base_source, build_from_spec, load_base, token_budget
+from reft_cli.runs.assemble import base_source, build_from_spec, choose_layout, load_base, token_budget
 from reft_cli.runs.estimate import Estimate, estimate
 from reft_cli.runs.texts import TrainingData, load_training_data, source_of
 from reft_cli.spec.load import LoadedSpec
@@ -71,6 +71,9 @@ class ModelReport:
     width: int
     arithmetic: str
     """How the trainable parameters come about."""
+    layout: str
+    layout_reason: str | None
+    """Why batches are padded although the spec leaves it open."""
     estimate: Estimate
 
     @property
@@ -117,6 +120,7 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
     per_site = sum(parameter.numel() for parameter in bank.parameters()) // bank.sites
     parts = f"{bank.sites} sites × {per_site:,}" + (f" + head {head:,}" if head else "")
     dtype = next(base.model.parameters()).dtype
+    layout, reason = choose_layout(model, spec)
     return ModelReport(
         name=base.name,
         device=str(model.device),
@@ -129,11 +133,14 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
         component=spec.intervention.component,
         width=bank.width,
         arithmetic=f"{parts} (width {bank.width}, rank {bank.rank or '–'})",
+        layout=layout,
+        layout_reason=reason,
         estimate=estimate(
             model,
             TASKS[spec.task.kind],
             examples=data.train.examples,
             groups=data.text.positions.groups(tied=spec.intervention.tied),
+            layout=layout,
             pad_token_id=data.text.tokenizer.pad_token_id or 0,
             steps=steps,
             global_batch_size=spec.train.global_batch_size,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reft_cli.data.batch import Batch, build_batch, micro_batches
+from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.models.blocks import find_blocks, hidden_size
 from reft_cli.models.intervened import IntervenedModel
@@ -50,6 +50,7 @@ def estimate(
     *,
     examples: Sequence[Example],
     groups: Sequence[PositionGroup],
+    layout: Layout,
     pad_token_id: int,
     steps: int,
     global_batch_size: int,
@@ -59,16 +60,17 @@ def estimate(
 ) -> Estimate:
     """What `steps` steps take; the largest micro-batch is the one of the longest rows."""
     longest = sorted(examples, key=lambda each: -len(each.input_ids))[:global_batch_size]
-    first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=True))
-    batch = build_batch(first, groups=groups, layout="padded", pad_token_id=pad_token_id)
-    tokens = batch.inputs["input_ids"].numel()
+    first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=layout == "padded"))
+    batch = build_batch(first, groups=groups, layout=layout, pad_token_id=pad_token_id)
+    lengths = [len(each.input_ids) for each in first]
+    tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
     mean = sum(len(each.input_ids) for each in examples) / len(examples)
     seen = round(mean * min(global_batch_size, len(examples)) * steps)
     for_each_token = _operations_a_token(model)
     seconds = measured = None
     if model.device.type != "cpu" or for_each_token * tokens < QUICK:
         model.checkpoint_activations(checkpointing)
-        seconds, measured = _try_pass(model, task, batch.to(model.device))
+        seconds, measured = _try_pass(model, task, batch.to(model.device), packed=layout == "packed")
         seconds *= seen / tokens
     return Estimate(
         weights_bytes=sum(p.numel() * p.element_size() for p in model.base_model.parameters()),
@@ -102,14 +104,14 @@ def _activation_bytes(model: IntervenedModel, tokens: int, answers: int, checkpo
     return tokens * hidden_size(model.base_model) * kept * size + logits
 
 
-def _try_pass(model: IntervenedModel, task: Task, batch: Batch) -> tuple[float, int | None]:
+def _try_pass(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool) -> tuple[float, int | None]:
     """(seconds, peak bytes) of one forward and backward pass, the second of two; no weight is changed."""
     device, seconds = model.device, 0.0
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    with model:
+    with model, model.packing(packed):
         for _ in range(2):
             started = time.perf_counter()
             model.bank.refresh()

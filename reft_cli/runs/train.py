@@ -20,16 +20,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from reft_cli.checkpoint import read_checkpoint, read_training_state, write_checkpoint
-from reft_cli.data.batch import Layout
-from reft_cli.errors import CheckpointError, Interrupted, MemoryExhausted, ModelError, ReftError, SpecError, exit_code
+from reft_cli.errors import CheckpointError, Interrupted, MemoryExhausted, ReftError, SpecError, exit_code
 from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, load_tokenizer
-from reft_cli.models.packing import keeps_packed_apart
 from reft_cli.runfolder import RunFolder, Status
 from reft_cli.runs.assemble import (
     base_source,
     build_from_spec,
+    choose_layout,
     decoding_of,
     evaluator_of,
     load_base,
@@ -119,6 +118,7 @@ class _Work:
     ) -> None:
         self.run, self.spec, self.base, self.model, self.data = run, spec, base, model, data
         self.observer = observer
+        self.layout, self.layout_reason = choose_layout(model, spec)
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
         )
@@ -143,7 +143,8 @@ class _Work:
                 for split, encoded in (("train", self.data.train), ("validation", self.data.validation))
                 if encoded is not None
             },
-            "layout": self._layout(),
+            "layout": self.layout,
+            "layout_reason": self.layout_reason,
             "micro_batch": self.spec.train.micro_batch_size,
             "token_budget": token_budget(device),
         }
@@ -195,7 +196,7 @@ class _Work:
             global_batch_size=train.global_batch_size,
             micro_batch_size=None if train.micro_batch_size == "auto" else train.micro_batch_size,
             token_budget=token_budget(self.model.device),
-            layout=self._layout(),
+            layout=self.layout,
             seed=train.seed,
             log_every=train.log_every,
             diverge_factor=train.diverge_factor,
@@ -205,17 +206,6 @@ class _Work:
             lower_is_better=best in LOWER_IS_BETTER,
             best_metric=best,
         )
-
-    def _layout(self) -> Layout:
-        wanted = self.spec.train.layout
-        if wanted == "packed" and not TASKS[self.spec.task.kind].can_pack:
-            raise SpecError(f"train.layout: packed does not go with task.kind {self.spec.task.kind}; write padded")
-        if wanted == "packed" and not keeps_packed_apart(self.model.base_model):
-            raise ModelError(
-                f"train.layout: packed is not exact for {type(self.model.base_model).__name__}, whose attention mask "
-                "does not keep packed sequences apart; write padded"
-            )
-        return "padded" if wanted == "auto" else wanted
 
     def _validate(self) -> dict[str, float]:
         assert self.data.validation is not None

@@ -111,8 +111,12 @@ class Trainer:
         Diverged: the loss is not finite or exploded. Interrupted: a signal came, and a checkpoint was saved.
         """
         self.observer.on_start(self.steps, self.progress.step, {})
-        epoch, permutation = -1, []
         self.model.train()
+        with self.model.packing(self.settings.layout == "packed"):
+            return self._loop()
+
+    def _loop(self) -> str:
+        epoch, permutation = -1, []
         while self.progress.step < self.steps:
             started = time.perf_counter()
             if self.progress.step // self.order.steps_per_epoch != epoch:
@@ -256,7 +260,8 @@ class Trainer:
         assert self.hooks.validate is not None
         started = time.perf_counter()
         self.model.eval()
-        metrics = self.hooks.validate()
+        with self.model.packing(False):
+            metrics = self.hooks.validate()
         self.model.train()
         score, progress = metrics[self.settings.best_metric], self.progress
         known = progress.best_score

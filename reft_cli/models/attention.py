@@ -1,0 +1,126 @@
+"""Attention over packed sequences: each attends within itself, without a mask of the whole row.
+
+Registered with transformers under one name; a model is switched to it for packed batches and back afterwards. On a GPU
+in half precision it is torch's variable-length flash attention, elsewhere scaled-dot-product attention on the
+sequences of one length at a time. Boundaries come with the batch, as `cu_seq_lens_q`, which transformers hands through.
+
+Shapes: N tokens of all sequences, L tokens of one, H heads, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+PACKED = "reft_packed"
+FLASH_TYPES = (torch.bfloat16, torch.float16)
+FLASH_WIDEST_HEAD = 256
+
+
+class NotPackable(ValueError):
+    """The model's attention does something that packed attention does not do."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, N, E]
+    key: Tensor,  # [1, K, N, E]
+    value: Tensor,  # [1, K, N, E]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: object,  # transformers hands every attention function whatever the model was called with
+) -> tuple[Tensor, None]:
+    """softmax(q kᵀ · scaling) v within each sequence, causal: [1, N, H, E]. NotPackable: it would not be exact."""
+    unknown = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, "attention_mask": attention_mask}
+    given = [name for name, found in unknown.items() if found is not None]
+    if given or dropout:
+        raise NotPackable(f"its attention uses {given[0] if given else 'dropout'}")
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise NotPackable("it does not hand sequence boundaries to its attention")
+    if not getattr(module, "is_causal", True):
+        raise NotPackable("its attention is not causal")
+    if query.is_cuda and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_WIDEST_HEAD:
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    return _by_length(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
+    left = -1 if window is None else window - 1
+    attended = varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(attended, Tensor)
+    return attended[None]
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None
+) -> Tensor:
+    """One call for each run of neighbouring sequences of one length; batches are sorted by length."""
+    lengths = [end - start for start, end in pairwise(bounds)]
+    start, parts = 0, []
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        span = slice(start, start + count * length)
+        q, k, v = (  # [count, H or K, L, E]
+            tensor[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)
+        )
+        banded = window is not None and window < length
+        attended = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_band(length, window, query.device) if banded else None,
+            is_causal=not banded,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        parts.append(attended.transpose(1, 2).flatten(0, 1))  # [count * L, H, E]
+        start = span.stop
+    return torch.cat(parts)[None]
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril() & ones.triu(1 - (window or length))
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str = PACKED) -> Iterator[None]:
+    """Inside, the model attends in this way; by default within packed sequences, whose batches carry their bounds."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
