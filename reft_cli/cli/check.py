@@ -64,12 +64,17 @@ def _print(report: CheckReport) -> None:
 
 
 def _model_facts(model: ModelReport) -> list[list[str]]:
-    memory = progress.gibibytes(model.estimate.memory_bytes)
-    work = f"{progress.thousands(model.estimate.tokens)} tokens, {model.estimate.operations:.1e} operations"
+    estimate = model.estimate
+    memory = progress.gibibytes(estimate.memory_bytes)
+    work = f"{progress.thousands(estimate.tokens)} tokens, {estimate.operations:.1e} operations"
+    if estimate.seconds is not None:
+        work += f", about {progress.duration(estimate.seconds)} here"
+    measured = "measured on the longest rows" if estimate.measured_bytes else "for training"
     return [
         ["model", f"{model.name}: {model.base_parameters:,} parameters, {model.dtype} on {model.device}"],
         ["trainable", f"{model.trainable_parameters:,} ({model.percent:.3g} %) = {model.arithmetic}"],
-        ["memory", f"about {memory} for training"],
+        ["layout", model.layout + (f": {model.layout_reason}" if model.layout_reason else "")],
+        ["memory", f"about {memory} {measured}"],
         ["work", work],
     ]
 
