@@ -55,12 +55,7 @@ class RunFolder:
         resume, if another process writes it, or if the folder holds something that is no run (that is never deleted).
         """
         run = cls(path)
-        if not run.exists():
-            run._refuse_foreign()
-            if resume:
-                raise SpecError(f"{run.path} does not exist, so there is nothing to resume. Leave out --resume.")
-        elif not (resume or overwrite):
-            raise SpecError(run._in_the_way())
+        run.check(resume=resume, overwrite=overwrite)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock()
@@ -69,6 +64,15 @@ class RunFolder:
         if overwrite and not resume:
             run._clear()
         return run
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise the SpecError of `create`, but for another process's; nothing is touched."""
+        if not self.exists():
+            self._refuse_foreign()
+            if resume:
+                raise SpecError(f"{self.path} holds no run, so there is nothing to resume. Leave out --resume.")
+        elif not (resume or overwrite):
+            raise SpecError(self._in_the_way())
 
     def exists(self) -> bool:
         """Whether a run lives here: there is a run.json that reft wrote."""
@@ -96,7 +100,9 @@ class RunFolder:
         return (p for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp"))
 
     def _clear(self) -> None:
-        for entry in self._contents():
+        for entry in sorted(
+            self._contents(), key=lambda entry: entry == self.record
+        ):  # last: killed, it is a run still
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
@@ -261,10 +267,20 @@ class RunFolder:
         """
         there = self.checkpoints()
         stay = {*there[max(0, len(there) - keep) :], self.linked("best"), self.linked("last")}
-        gone = [p for p in there if p not in stay]
-        torn = [p for p in (self.path / "checkpoints").glob("*") if p.is_dir() and p not in there]
-        for path in (*gone, *torn):
-            shutil.rmtree(path)
+        return self._delete([p for p in there if p not in stay])
+
+    def forget(self, *, after: int) -> list[Path]:
+        """Delete the checkpoints of later steps, from whose past a resumed run goes on; returns the deleted."""
+        return self._delete([p for p in self.checkpoints() if step_of(p) > after])
+
+    def _delete(self, gone: list[Path]) -> list[Path]:
+        """Delete checkpoints and what is none; killed at any moment, no half one is left that looks whole."""
+        for path in gone:
+            (path / CHECKPOINT_MARK).unlink()
+        there = self.checkpoints()
+        for path in (self.path / "checkpoints").glob("*"):
+            if path.is_dir() and path not in there:
+                shutil.rmtree(path)
         return gone
 
     # ---- results

@@ -71,6 +71,31 @@ def test_a_start_that_was_killed_early_is_no_obstacle(tmp_path):
     assert not RunFolder.create(tmp_path / "x").exists()
 
 
+def test_a_run_that_was_killed_while_it_was_cleared_is_a_run_still(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "x", steps=(5,))
+    unlink = Path.unlink
+
+    def killed(self, missing_ok=False):
+        unlink(self, missing_ok)
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # of spec.yaml and resolved.yaml
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", killed)
+            RunFolder.create(run.path, overwrite=True)
+        assert run.exists()
+    RunFolder.create(run.path, overwrite=True)
+    assert not run.exists()
+
+
+def test_looking_touches_nothing(tmp_path):
+    run = RunFolder(tmp_path / "x")
+    run.check(resume=False, overwrite=True)
+    with pytest.raises(SpecError, match="nothing to resume"):
+        run.check(resume=True, overwrite=False)
+    assert not run.path.exists()
+
+
 def test_resume_keeps_what_is_there(tmp_path):
     make_run(tmp_path / "x", steps=(5,))
     assert RunFolder.create(tmp_path / "x", resume=True).checkpoints()
@@ -308,6 +333,28 @@ def test_pruning_keeps_the_newest_the_best_and_the_last(tmp_path):
     assert [step_of(p) for p in run.prune(2)] == [1, 3]
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
     assert run.linked("best") == run.checkpoint(2)
+
+
+@pytest.mark.parametrize("way", ["prune", "forget"])
+def test_a_deletion_that_is_killed_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, way):
+    run = make_run(tmp_path / "x", steps=(1, 2, 3))
+    run.link("last", run.checkpoint(3 if way == "prune" else 1))
+    (run.checkpoint(2) / "interventions.safetensors").write_text("")
+
+    def killed(path: Path) -> None:
+        (path / "interventions.safetensors").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    def delete() -> list[Path]:
+        return run.prune(1) if way == "prune" else run.forget(after=1)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        delete()
+    left = [3] if way == "prune" else [1]
+    assert [step_of(p) for p in run.checkpoints()] == left
+    assert delete() == []
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == [f"step_{left[0]:06d}"]
 
 
 # ---- find
