@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-GENERATED = "bundled:"
-
 
 def render(
     *,
@@ -24,7 +22,7 @@ def render(
     """
     base = _base(spec, record)
     parts = [
-        _front_matter(base),
+        _front_matter(base, record),
         f"# {name}",
         _summary(base, spec, record),
         _scores(validation, evaluations),
@@ -43,11 +41,11 @@ def _base(spec: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return str(record.get("base", {}).get("name") or named)
 
 
-def _front_matter(base: str) -> str:
-    """Only a hub id may stand as base_model; a folder or a bundled model means nothing elsewhere."""
-    is_hub_id = base.count("/") == 1 and base[0] not in "./~" and not base.startswith(GENERATED)
+def _front_matter(base: str, record: Mapping[str, Any]) -> str:
+    """Only what came from the hub, and so has a commit, is its base_model; a folder means nothing elsewhere."""
+    from_hub = record.get("base", {}).get("commit") is not None
     lines = ["---", "library_name: reft", "tags: [reft, representation-finetuning]"]
-    return "\n".join([*lines, *([f"base_model: {base}"] if is_hub_id else []), "---"])
+    return "\n".join([*lines, *([f"base_model: {base}"] if from_hub else []), "---"])
 
 
 def _summary(base: str, spec: Mapping[str, Any], record: Mapping[str, Any]) -> str:

@@ -123,6 +123,16 @@ def test_what_is_no_run_is_never_deleted(tmp_path, content, overwrite):
     assert (tmp_path / content).read_text() == '{"mine": true}'
 
 
+def test_what_is_in_the_way_can_be_asked_beforehand(tmp_path):
+    RunFolder(tmp_path / "new").check(resume=False, overwrite=False)
+    assert not (tmp_path / "new").exists()
+    run = make_run(tmp_path / "x")
+    run.check(resume=True, overwrite=False)
+    run.check(resume=False, overwrite=True)
+    with pytest.raises(SpecError, match="has finished"):
+        run.check(resume=False, overwrite=False)
+
+
 def test_a_file_is_no_run(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(SpecError, match="is not a run"):
@@ -418,7 +428,7 @@ def test_the_card_tells_model_method_scores_and_spec(tmp_path, monkeypatch):
     run.append_metrics({"step": 4, "loss": 1.0})
     run.append_metrics({"step": 4, "validation_exact_match": 0.875})
     run.evaluation("test").write_text(json.dumps({"metrics": {"exact_match": 0.9}}))
-    run.note({"trainable": 1000, "base": {"name": "org/model", "parameters": 1_000_000}})
+    run.note({"trainable": 1000, "base": {"name": "org/model", "commit": "abc", "parameters": 1_000_000}})
     run.write_card()
     card = run.card.read_text()
     assert card.startswith("---\nlibrary_name: reft\n") and "base_model: org/model\n" in card

@@ -55,6 +55,8 @@ class Chat:
                 sys.stderr.flush()
             return (sys.stdin.readline() or _end()).strip()
         except EOFError:
+            if sys.stdin.isatty():
+                console.complain("")  # the line that Ctrl-D left open
             return None
 
     def reply(self, line: str) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft_cli.cli import console
+from reft_cli.cli import console, options
 from reft_cli.errors import SpecError
 
 SCHEMA_FILE = "reft.schema.json"
@@ -38,6 +38,7 @@ def init(
     ] = "bundled:tiny-llama",
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("spec.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace files that are in the way.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a commented spec that trains as it stands."""
     files = {output: spec_text(task, model=model, path=output), output.parent / SCHEMA_FILE: _schema_text()}
@@ -48,7 +49,10 @@ def init(
         raise SpecError(f"{present[0]} exists; replace it with --force, or write another file with -o")
     for path, text in files.items():
         _write(path, text)
-    console.result(str(output))
+    if as_json:
+        console.result_json({"spec": str(output), "files": [str(path) for path in files]})
+    else:
+        console.result(str(output))
     console.say(f"next: reft check {output}, then reft train {output}")
 
 

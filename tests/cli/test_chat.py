@@ -124,4 +124,4 @@ def test_the_prompt_stays_out_of_a_piped_stdout(reft, session, monkeypatch):
     terminal = Terminal("good\n")
     monkeypatch.setattr(sys, "stdin", terminal)
     done = reft("infer", "runs/s", "--chat")
-    assert done.out == "GOOD\n" and done.err.endswith("> > ")
+    assert done.out == "GOOD\n" and done.err.endswith("> > \n")

@@ -74,3 +74,8 @@ def test_an_unknown_task(reft):
 def test_the_schema(reft):
     done = reft("schema")
     assert done.code == 0 and json.loads(done.out) == json_schema()
+    assert reft("schema", "--json").json == json_schema()
+
+
+def test_the_files_as_json(reft):
+    assert reft("init", "--json").json == {"spec": "spec.yaml", "files": ["spec.yaml", "reft.schema.json"]}
