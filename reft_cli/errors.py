@@ -15,8 +15,12 @@ A message says where (file:line:column, key or path), what was given and what to
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import ClassVar
+
+# A full or broken disk and the like: neither the user's doing nor a fault of ours. A bare ReftError (1) says it.
+MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import sys
@@ -22,12 +21,11 @@ import typer
 from reft_cli import __version__
 from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, train
 from reft_cli.environment import versions, without_secrets
-from reft_cli.errors import MemoryExhausted, Problem, ReftError
+from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ReftError
 
 # Typer exports only this one of the errors it makes itself; its grandparent is the class of them all.
 TyperError: Any = typer.BadParameter.__mro__[2]
 BROKEN_PIPE = 128 + 13
-MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE}
 
 app = typer.Typer(
     name="reft",

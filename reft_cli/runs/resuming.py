@@ -1,15 +1,20 @@
-"""Whether a run may go on under a spec: what changed, and whether that would change its result."""
+"""Going on with a run: whether its spec allows it, from which checkpoint, and what is forgotten on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from reft_cli.errors import DataError, SpecError
+from torch import Tensor
+
+from reft_cli.checkpoint import Checkpoint, read_checkpoint, read_training_state
+from reft_cli.errors import CheckpointError, DataError, SpecError
 from reft_cli.runfolder import RunFolder
 from reft_cli.spec.load import load_spec
 from reft_cli.spec.schema import Spec
 from reft_cli.training.observer import Observer
+from reft_cli.training.state import Progress
 
 FREE = (
     "version",
@@ -36,6 +41,8 @@ def check_same_run(run: RunFolder, spec: Spec, fingerprints: Mapping[str, str], 
 
     SpecError: a key changed that would change the result. DataError: the rows changed. Other changes are told.
     """
+    if not (run.resolved.exists() or run.checkpoints()):
+        return  # killed before it had written its spec
     begun = load_spec(run.resolved).spec
     changed = list(differences(begun.model_dump(), spec.model_dump()))
     refused = [text for key, text in changed if not _is_free(key)]
@@ -53,6 +60,42 @@ def check_same_run(run: RunFolder, spec: Spec, fingerprints: Mapping[str, str], 
             raise DataError(
                 f"data.{split}: its rows have changed since {run.path} was begun; start a new run with --name"
             )
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint, with all that training needs to go on from it."""
+
+    checkpoint: Checkpoint
+    tensors: dict[str, Tensor]
+    progress: Progress
+
+
+def starting_point(run: RunFolder, which: str) -> Start | None:
+    """Where to go on: `last` or a step; None for `last` of a run that was killed before its first checkpoint.
+
+    CheckpointError: there is none of that name, or it is damaged.
+    """
+    if which == "last" and not run.checkpoints():
+        return None
+    checkpoint = read_checkpoint(run.select(which))
+    tensors, state = read_training_state(checkpoint)
+    try:
+        return Start(checkpoint, tensors, Progress(**state))
+    except TypeError as error:
+        raise CheckpointError(f"{checkpoint.path}: its training state is of another version: {error}") from error
+
+
+def rewind(run: RunFolder, start: Start | None) -> None:
+    """Make the folder what it was at the starting point. Killed at any moment, the same start can be had again."""
+    if start is not None:
+        run.link("last", start.checkpoint.path)
+        best = start.progress.best_step
+        if best is not None and run.checkpoint(best).is_dir():
+            run.link("best", run.checkpoint(best))
+    step = start.progress.step if start else 0
+    run.truncate_metrics(after=step)
+    run.forget(after=step)
 
 
 def _is_free(key: str) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,8 +18,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from reft_cli.checkpoint import read_checkpoint, read_training_state, write_checkpoint
-from reft_cli.errors import CheckpointError, Interrupted, MemoryExhausted, ReftError, SpecError, exit_code
+from reft_cli.checkpoint import write_checkpoint
+from reft_cli.data.batch import Layout
+from reft_cli.errors import (
+    MACHINE_FAULTS,
+    CheckpointError,
+    Interrupted,
+    MemoryExhausted,
+    ReftError,
+    SpecError,
+    exit_code,
+)
 from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, load_tokenizer
@@ -36,7 +44,7 @@ from reft_cli.runs.assemble import (
     manifest_fields,
     token_budget,
 )
-from reft_cli.runs.resuming import check_same_run
+from reft_cli.runs.resuming import Start, check_same_run, rewind, starting_point
 from reft_cli.runs.texts import TrainingData, load_training_data, without_answers
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.spec.resolved import resolved_yaml
@@ -84,8 +92,7 @@ def train(
     if max_steps is not None:
         spec = spec.model_copy(update={"train": spec.train.model_copy(update={"max_steps": max_steps})})
     path = run_path(spec, loaded_name=loaded.path.stem, output=output, name=name)
-    if RunFolder(path).exists() and not (resume or overwrite):
-        RunFolder.create(path)  # raises, before anything is loaded
+    RunFolder(path).check(resume=resume is not None, overwrite=overwrite)
     _check_trackers(spec)
     _set_determinism(spec.train.deterministic)
     tokenizer = load_tokenizer(base_source(spec.model))
@@ -93,14 +100,18 @@ def train(
     seed_everything(spec.train.seed)
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
     model = build_from_spec(base, spec)
+    layout = choose_layout(model, spec)
     run = RunFolder.create(path, resume=resume is not None, overwrite=overwrite)
-    work = _Work(run=run, spec=spec, base=base, model=model, data=data, observer=observer)
-    if resume is not None:
-        check_same_run(run, spec, data.fingerprints, observer)
+    work = _Work(run=run, spec=spec, base=base, model=model, data=data, layout=layout, observer=observer)
+    start = work.starting_point(resume) if resume is not None else None
+    run.begin(command=sys.argv, facts=work.facts())  # first of all, so that a folder is never taken for no run
     run.write_spec(loaded.text, resolved=resolved_yaml(loaded))
-    run.begin(command=sys.argv, facts=work.facts())
     with _recorded(run, observer, spec), stop_signals() as signals:
-        return work.train(resume=resume, signals=signals)
+        if resume is not None:
+            rewind(run, start)
+            if start is None:
+                observer.on_message("warning", "no checkpoint yet: starting over")
+        return work.train(start, signals=signals)
 
 
 class _Work:
@@ -114,11 +125,12 @@ class _Work:
         base: BaseModel,
         model: IntervenedModel,
         data: TrainingData,
+        layout: tuple[Layout, str | None],
         observer: Observer,
     ) -> None:
         self.run, self.spec, self.base, self.model, self.data = run, spec, base, model, data
         self.observer = observer
-        self.layout, self.layout_reason = choose_layout(model, spec)
+        self.layout, self.layout_reason = layout
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
         )
@@ -149,8 +161,17 @@ class _Work:
             "token_budget": token_budget(device),
         }
 
-    def train(self, *, resume: str | None, signals: StopSignals) -> TrainResult:
-        """Run the loop to its end and close the folder's books."""
+    def starting_point(self, which: str) -> Start | None:
+        """Where to go on, if the run may. Nothing is written; if it may not, the folder is let go of."""
+        try:
+            check_same_run(self.run, self.spec, self.data.fingerprints, self.observer)
+            return starting_point(self.run, which)
+        except ReftError:
+            self.run.release()
+            raise
+
+    def train(self, start: Start | None, *, signals: StopSignals) -> TrainResult:
+        """Run the loop from a start to its end and close the folder's books."""
         spec, train = self.spec, self.spec.train
         self.model.checkpoint_activations(train.gradient_checkpointing)
         seed_everything(train.seed)
@@ -172,8 +193,8 @@ class _Work:
                 last_good=self._last_good,
             ),
         )
-        if resume is not None:
-            self._restore(trainer, resume)
+        if start is not None:
+            self._go_on(trainer, start)
         if spec.log:
             self.accelerator.init_trackers("reft", config={"run": self.run.path.name})
         with self.model:
@@ -245,24 +266,13 @@ class _Work:
             return "There is no checkpoint yet."
         return f"Last good checkpoint: {there[-1].relative_to(self.run.path)}."
 
-    def _restore(self, trainer: Trainer, which: str) -> None:
-        path = self.run.select(which)
-        checkpoint = read_checkpoint(path)
-        load_trainables(self.model, checkpoint)
-        tensors, state = read_training_state(checkpoint)
+    def _go_on(self, trainer: Trainer, start: Start) -> None:
+        load_trainables(self.model, start.checkpoint)
         try:
-            progress = Progress(**state)
-            trainer.resume(progress, tensors)
+            trainer.resume(start.progress, start.tensors)
         except (TypeError, KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path}: its training state is damaged: {error}") from error
-        self.run.truncate_metrics(after=progress.step)
-        for later in self.run.checkpoints():
-            if int(later.name.removeprefix("step_")) > progress.step:
-                shutil.rmtree(later)
-        self.run.link("last", path)
-        if progress.best_step is not None and self.run.checkpoint(progress.best_step).is_dir():
-            self.run.link("best", self.run.checkpoint(progress.best_step))
-        self.observer.on_message("info", f"going on from step {progress.step} of {trainer.steps}")
+            raise CheckpointError(f"{start.checkpoint.path}: its training state does not fit: {error}") from error
+        self.observer.on_message("info", f"going on from step {start.progress.step} of {trainer.steps}")
 
     def _finish(self, progress: Progress, reason: str) -> TrainResult:
         metrics = {"loss": progress.recent_losses[-1]}
@@ -276,25 +286,39 @@ class _Work:
         return TrainResult(self.run.path, progress.step, metrics, self.run.linked("best"), reason)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _recorded(run: RunFolder, observer: Observer, spec: Spec) -> Iterator[None]:
-    """Whatever ends the run is written into run.json, and running out of memory becomes advice."""
+    """Whatever ends the run is written into run.json; running out of memory or of disk becomes advice."""
+
+    def note(status: Status, code: int, reason: str) -> None:
+        with contextlib.suppress(OSError, CheckpointError):  # the disk may be what failed, or the folder be gone
+            run.finish(status, exit_code=code, reason=reason)
+        run.release()
+        observer.on_end(status)
+
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        advice = _memory_advice(spec, error)
-        run.finish("failed", exit_code=advice.code, reason=str(advice))
-        observer.on_end("failed")
-        raise advice from error
     except ReftError as error:
-        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        run.finish(status, exit_code=exit_code(error), reason=str(error))
-        observer.on_end(status)
+        note("interrupted" if isinstance(error, Interrupted) else "failed", exit_code(error), str(error))
         raise
     except BaseException as error:
-        run.finish("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
-        observer.on_end("failed")
+        advice = _advice(run, spec, error)
+        note("failed", 1 if advice is None else advice.code, str(advice or f"{type(error).__name__}: {error}"))
+        if advice is not None:
+            raise advice from error
         raise
+
+
+def _advice(run: RunFolder, spec: Spec, error: BaseException) -> ReftError | None:
+    """What to say instead of an error that is no fault of ours; None if it is one."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return _memory_advice(spec, error)
+    if not isinstance(error, OSError):
+        return None
+    file = Path(error.filename) if isinstance(error.filename, str) else run.path
+    if error.errno not in MACHINE_FAULTS and not file.absolute().is_relative_to(run.path.absolute()):
+        return None
+    return ReftError(f"{file}: {(error.strerror or str(error)).lower()}. Put that right and go on with --resume.")
 
 
 def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
@@ -316,7 +340,7 @@ class StopSignals:
     received: int | None = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
     """SIGINT and SIGTERM are noted, and the run stops after the step it is in; a second one ends it at once."""
     state = StopSignals()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reft_cli import runs
-from reft_cli.errors import CheckpointError, DataError, Diverged, Interrupted, MemoryExhausted, ModelError, SpecError
+from reft_cli import checkpoint, runfolder, runs
+from reft_cli.errors import (
+    CheckpointError,
+    DataError,
+    Diverged,
+    Interrupted,
+    MemoryExhausted,
+    ModelError,
+    ReftError,
+    SpecError,
+)
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.training.observer import NullObserver, StepRecord
 
@@ -226,3 +238,136 @@ def test_a_damaged_training_state_is_refused(make_spec: MakeSpec, tmp_path: Path
     (result.run / "last" / "training.json").write_text("{}x")
     with pytest.raises(CheckpointError, match=r"training\.json: damaged: not JSON$"):
         train(make_spec(), tmp_path / "run", resume="last")
+
+
+class Failing(NullObserver):
+    """Ends the run at a step with an error."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step == self.step:
+            raise self.error
+
+
+def same_end(run: Path, whole: Path) -> None:
+    """Both runs ended with the same weights, moments and metrics, bit for bit."""
+    for name in ("interventions.safetensors", "training.safetensors"):
+        assert (run / "last" / name).read_bytes() == (whole / "last" / name).read_bytes()
+    assert metrics(run) == metrics(whole)
+    assert (run / "best").resolve().name == (whole / "best").resolve().name
+
+
+def test_a_run_without_a_checkpoint_starts_over(make_spec: MakeSpec, tmp_path: Path, observer):
+    whole = train(make_spec(), tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        train(make_spec(), tmp_path / "cut", observer=Failing(2, ZeroDivisionError()))
+    assert not list((tmp_path / "cut/checkpoints").iterdir())
+    same_end(train(make_spec(), tmp_path / "cut", resume="last", observer=observer).run, whole.run)
+    assert "no checkpoint yet: starting over" in observer.messages
+
+
+@pytest.mark.parametrize("missing", ["write_spec", "begin"])
+def test_a_start_that_was_killed_is_no_obstacle(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+):
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"reft_cli.runfolder.RunFolder.{missing}", killed)
+        train(make_spec(), tmp_path / "run")
+    resume = "last" if (tmp_path / "run/run.json").exists() else None
+    assert train(make_spec(), tmp_path / "run", resume=resume).step == 6
+
+
+def test_a_resume_that_is_refused_leaves_the_record_and_the_lock(make_spec: MakeSpec, tmp_path: Path):
+    run = train(make_spec(), tmp_path / "run").run
+    before = (run / "run.json").read_text()
+    with pytest.raises(CheckpointError, match="no checkpoint `99`; there are last and the steps 3, 6"):
+        train(make_spec(), run, resume="99")
+    with pytest.raises(SpecError, match="other settings"):
+        train(make_spec("train.seed=1"), run, resume="last")
+    (run / "last" / "reft.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(make_spec(), run, resume="last")
+    assert (run / "run.json").read_text() == before
+    assert run.resolve() not in runfolder._locks
+
+
+def test_an_overwrite_that_cannot_start_leaves_the_old_run(make_spec: MakeSpec, tmp_path: Path):
+    run = train(make_spec(), tmp_path / "run", max_steps=1).run
+    wrong = make_spec("task.kind=classification", "data.template=null", "task.metric=null", "train.layout=packed")
+    with pytest.raises(ModelError, match="packed would not be exact"):
+        train(wrong, run, overwrite=True)
+    assert tensors(run)
+
+
+def test_nothing_is_loaded_for_a_folder_that_is_in_the_way(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        sys.modules["reft_cli.runs.train"], "load_tokenizer", None
+    )  # the package has a function `train`
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(SpecError, match="is not a run"):
+        train(make_spec(), tmp_path, overwrite=True)
+    with pytest.raises(SpecError, match="nothing to resume"):
+        train(make_spec(), tmp_path / "run", resume="last")
+
+
+@pytest.mark.parametrize("file", [1, 3, 4])
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int
+):
+    spec, inner, left = make_spec("checkpoint.every=2", "checkpoint.keep=9"), checkpoint._write, [4 + file]
+
+    def full(path: Path, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] == 0:  # in the second checkpoint
+            path.write_bytes(data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        inner(path, data)
+
+    whole = train(spec, tmp_path / "whole").run
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(ReftError) as caught:
+        patched.setattr(checkpoint, "_write", full)
+        train(spec, run)
+    message = f"{run}: no space left on device. Put that right and go on with --resume."
+    assert (type(caught.value), str(caught.value), caught.value.code) == (ReftError, message, 1)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["exit_code"], record["reason"]) == ("failed", 1, message)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    same_end(train(spec, run, resume="last").run, whole)
+
+
+def test_a_disk_without_room_for_the_record_either(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    class Filling(NullObserver):
+        def on_step(self, record: StepRecord) -> None:
+            monkeypatch.setattr("reft_cli.runfolder.write_atomic", full)
+
+    monkeypatch.setattr("reft_cli.runfolder.RunFolder.append_metrics", full)
+    with pytest.raises(ReftError, match=r"^metrics.jsonl: no space left on device\. Put that right"):
+        train(make_spec(), tmp_path / "run", observer=Filling())
+    assert (tmp_path / "run").resolve() not in runfolder._locks
+
+
+def test_a_folder_that_was_taken_away_is_no_fault_of_ours(make_spec: MakeSpec, tmp_path: Path):
+    class Removing(NullObserver):
+        def on_step(self, record: StepRecord) -> None:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(ReftError, match=r"run/metrics.jsonl: no such file or directory\. Put that right"):
+        train(make_spec(), tmp_path / "run", observer=Removing())
+
+
+def test_a_file_that_is_missing_elsewhere_is_a_fault_of_ours(make_spec: MakeSpec, tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        train(make_spec(), tmp_path / "run", observer=Failing(1, FileNotFoundError(2, "No such file", "/elsewhere")))
