@@ -109,6 +109,7 @@ def train(
     with _recorded(run, observer, spec), stop_signals() as signals:
         if resume is not None:
             rewind(run, start)
+            run.prune(spec.checkpoint.keep)  # what the kill kept from being done, half-written folders too
             if start is None:
                 observer.on_message("warning", "no checkpoint yet: starting over")
         return work.train(start, signals=signals)

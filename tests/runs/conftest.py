@@ -74,14 +74,20 @@ generation: {{max_new_tokens: 4}}
 """
 
 
-@pytest.fixture
-def make_spec(tmp_path: Path, tiny_llama: Path, data_dir: Path) -> Callable[..., LoadedSpec]:
-    """Loads the tiny spec, with `--set` texts on top."""
-    path = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="session")
+def spec_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data_dir: Path) -> Path:
+    """tiny.yaml."""
+    path = tmp_path_factory.mktemp("spec") / "tiny.yaml"
     path.write_text(SPEC.format(model=tiny_llama, data=data_dir))
+    return path
+
+
+@pytest.fixture
+def make_spec(spec_file: Path) -> Callable[..., LoadedSpec]:
+    """Loads the tiny spec, with `--set` texts on top."""
 
     def load(*overrides: str) -> LoadedSpec:
-        return load_spec(path, overrides=overrides)
+        return load_spec(spec_file, overrides=overrides)
 
     return load
 
