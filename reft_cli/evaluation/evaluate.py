@@ -108,10 +108,9 @@ class Evaluator:
             wanted: list[Any] = [each.label for each in examples]
         else:
             classes = [max(range(len(values)), key=values.__getitem__) for values in rows]
-            truths = [int(each.label or 0) for each in examples]
+            truths, names = [int(each.label or 0) for each in examples], self.labels or []
             if self.metric not in FROM_LOSS:
-                metrics[self.metric] = score_classes(self.metric, classes, truths)
-            names = self.labels or []
+                metrics[self.metric] = score_classes(self.metric, classes, truths, classes=len(names))
             found, wanted = [names[each] for each in classes], [names[each] for each in truths]
         samples = [
             {"row": each.row, "prompt": each.prompt, "reference": truth, "prediction": guess}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import NearConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
 FROM_LOSS = {"loss", "perplexity"}
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|(?<!\d)\.\d+)")
 TOLERANCE = 1e-3  # of numeric_match; pyreft's for arithmetic
 
 Texts = Sequence[str]
@@ -26,13 +27,14 @@ def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
     numeric_match: the last number of the answer is within 1e-3 of the reference's last number; commas are dropped.
     pearson and spearman read numbers the same way; an answer without one counts as 0.
     """
+    assert references, "there is nothing to score"
     guesses, truths = [text.strip() for text in predictions], [text.strip() for text in references]
     if metric in ("exact_match", "accuracy"):
         return float(accuracy_score(truths, guesses))
     if metric == "f1":
         return float(f1_score(truths, guesses, labels=sorted(set(truths)), average="macro", zero_division=0))
     if metric == "matthews":
-        return float(matthews_corrcoef(truths, guesses))
+        return _matthews(guesses, truths)
     found, wanted = [last_number(text) for text in guesses], [last_number(text) for text in truths]
     if metric == "numeric_match":
         hits = [a is not None and b is not None and abs(a - b) <= TOLERANCE for a, b in zip(found, wanted, strict=True)]
@@ -40,22 +42,35 @@ def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
     return score_numbers(metric, [value or 0.0 for value in found], [value or 0.0 for value in wanted])
 
 
-def score_classes(metric: str, predictions: Sequence[int], references: Sequence[int]) -> float:
-    """A score of class numbers. f1: of class 1 if there are two classes (as GLUE), else the macro mean."""
-    if metric == "accuracy":
+def score_classes(metric: str, predictions: Sequence[int], references: Sequence[int], *, classes: int) -> float:
+    """A score of numbers below `classes`. f1: of class 1 if there are two (as GLUE), else the macro mean."""
+    assert references, "there is nothing to score"
+    if metric in ("accuracy", "exact_match"):
         return float(accuracy_score(references, predictions))
     if metric == "matthews":
-        return float(matthews_corrcoef(references, predictions))
-    binary = set(references) | set(predictions) <= {0, 1}
-    return float(f1_score(references, predictions, average="binary" if binary else "macro", zero_division=0))
+        return _matthews(predictions, references)
+    average = "binary" if classes == 2 else "macro"
+    return float(f1_score(references, predictions, average=average, zero_division=0))
 
 
 def score_numbers(metric: str, predictions: Numbers, references: Numbers) -> float:
-    """A correlation. One that does not exist, as of a constant, is 0."""
+    """A correlation. One that does not exist, as of a constant, is 0; NaN if a number is not finite."""
+    assert references, "there is nothing to score"
     correlation: Callable[..., object] = {"pearson": pearsonr, "spearman": spearmanr}[metric]
+    if not (np.isfinite(predictions).all() and np.isfinite(references).all()):
+        return math.nan
     if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
-    return float(correlation(predictions, references).statistic)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NearConstantInputWarning)
+        return float(correlation(predictions, references).statistic)  # type: ignore[attr-defined]
+
+
+def _matthews(predictions: Sequence[object], references: Sequence[object]) -> float:
+    """0 where one class is all there is, as scikit-learn has it after a warning."""
+    if len({*predictions, *references}) == 1:
+        return 0.0
+    return float(matthews_corrcoef(references, predictions))
 
 
 def score_loss(metric: str, loss: float) -> float:
@@ -64,6 +79,7 @@ def score_loss(metric: str, loss: float) -> float:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text, thousands separators dropped."""
+    """The last number in a text, thousands separators dropped; None if there is none that a float can hold."""
     numbers = NUMBER.findall(text.replace(",", ""))
-    return float(numbers[-1]) if numbers else None
+    value = float(numbers[-1]) if numbers else math.nan
+    return value if math.isfinite(value) else None
