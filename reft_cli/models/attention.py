@@ -83,14 +83,14 @@ def _by_length(
     query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None
 ) -> Tensor:
     """One call for each run of neighbouring sequences of one length; batches are sorted by length."""
-    lengths = [end - start for start, end in pairwise(bounds)]
-    start, parts = 0, []
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        span = slice(start, start + count * length)
-        q, k, v = (  # [count, H or K, L, E]
-            tensor[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)
-        )
+    runs = [(length, len(list(run))) for length, run in groupby(end - start for start, end in pairwise(bounds))]
+    spans = [length * count for length, count in runs]
+    parts = []
+    # split, not slices: its backward pass is one concatenation, where each slice would fill a whole row with zeros
+    for (length, count), *tensors in zip(
+        runs, *(each[0].split(spans, dim=1) for each in (query, key, value)), strict=True
+    ):
+        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in tensors)  # [count, H or K, L, E]
         banded = window is not None and window < length
         attended = scaled_dot_product_attention(
             q,
@@ -102,7 +102,6 @@ def _by_length(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         parts.append(attended.transpose(1, 2).flatten(0, 1))  # [count * L, H, E]
-        start = span.stop
     return torch.cat(parts)[None]
 
 

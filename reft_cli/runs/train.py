@@ -199,7 +199,7 @@ class _Work:
         if spec.log:
             self.accelerator.init_trackers("reft", config={"run": self.run.path.name})
         with self.model:
-            reason = trainer.run()
+            reason = trainer.run({"run": str(self.run.path)})
         if spec.log:
             self.accelerator.end_training()
         return self._finish(trainer.progress, reason)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from signal import Signals
 from typing import Literal
 
 import torch
@@ -105,12 +106,12 @@ class Trainer:
         if progress.loss_scale:
             self.scaler.load_state_dict(progress.loss_scale)
 
-    def run(self) -> str:
-        """Train to the end; returns why it ended: `finished` or `patience`.
+    def run(self, summary: Mapping[str, object]) -> str:
+        """Train to the end; returns why it ended: `finished` or `patience`. The observer is told the summary.
 
         Diverged: the loss is not finite or exploded. Interrupted: a signal came, and a checkpoint was saved.
         """
-        self.observer.on_start(self.steps, self.progress.step, {})
+        self.observer.on_start(self.steps, self.progress.step, summary)
         self.model.train()
         with self.model.packing(self.settings.layout == "packed"):
             return self._loop()
@@ -194,7 +195,7 @@ class Trainer:
         if best:
             self.hooks.mark_best(step)
         if signal and not last:
-            raise Interrupted(f"stopped by signal {signal} at step {step}", signal=signal)
+            raise Interrupted(f"stopped by {Signals(signal).name} at step {step}", signal=signal)
         return bool(self.settings.patience) and self.progress.bad_validations >= (self.settings.patience or 0)
 
     def _due(self, every: int | Literal["epoch", "never"]) -> bool:
