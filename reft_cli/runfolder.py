@@ -142,7 +142,6 @@ class RunFolder:
         When the run was begun before, what is known stays and that attempt moves to `attempts`.
         """
         earlier = self.read() if self.exists() else {}
-        (self.path / "checkpoints").mkdir(exist_ok=True)
         last = {key: earlier[key] for key in ("started", "ended", "status", "exit_code", "command") if key in earlier}
         self._write(
             earlier
@@ -161,6 +160,7 @@ class RunFolder:
             }
             | dict(facts)
         )
+        (self.path / "checkpoints").mkdir(exist_ok=True)  # after run.json, without which it would be in the way
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Add or replace keys of run.json."""

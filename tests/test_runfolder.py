@@ -71,6 +71,16 @@ def test_a_start_that_was_killed_early_is_no_obstacle(tmp_path):
     assert not RunFolder.create(tmp_path / "x").exists()
 
 
+def test_a_start_that_was_killed_before_its_record_is_no_obstacle(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("reft_cli.runfolder.write_atomic", killed)
+        make_run(tmp_path / "x")
+    assert make_run(tmp_path / "x").exists()
+
+
 def test_a_run_that_was_killed_while_it_was_cleared_is_a_run_still(tmp_path, monkeypatch):
     run = make_run(tmp_path / "x", steps=(5,))
     unlink = Path.unlink
