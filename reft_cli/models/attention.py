@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from itertools import groupby, pairwise
 
 import torch
@@ -22,6 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 PACKED = "reft_packed"
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_WIDEST_HEAD = 256
+
+
+SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12
 
 
 class NotPackable(ValueError):
@@ -62,6 +66,8 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
+    if query.shape[1] != key.shape[1] and not SHARES_HEADS:
+        k, v = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (k, v))  # [N, H, E]
     left = -1 if window is None else window - 1
     attended = varlen_attn(
         q,
@@ -73,7 +79,7 @@ def _flash(
         longest,
         scale=scaling,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if SHARES_HEADS else {}),
     )
     assert isinstance(attended, Tensor)
     return attended[None]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from reft_cli.models.attention import NotPackable, attending, packed_attention
 from reft_cli.models.packing import packing_inputs, why_not_packed
-from tiny_models import DECODERS, base_of
+from tiny_models import DECODERS, base_of, config_of
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_packing_is_known_by_trying(family: str):
     reason = why_not_packed(base_of(family).model)
     assert reason == ("its attention uses softcap" if family == "gemma2" else None)
+
+
+def test_rounding_is_not_taken_for_a_wrong_mask():
+    model = transformers.AutoModelForCausalLM.from_config(config_of("llama")).eval().to(torch.bfloat16)
+    assert why_not_packed(model.requires_grad_(False)) is None
 
 
 def test_a_model_that_hides_the_bounds_is_not_packed(monkeypatch: pytest.MonkeyPatch):
