@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from reft_cli.data.encode import Example
+from reft_cli.generation.stream import stop_at
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 
@@ -148,11 +149,12 @@ def decode_batch(
             tokenizer=tokenizer if decoding.stop else None,
             streamer=streamer,
         )
-    ends = _end_tokens(model.base_model, tokenizer)
+    ends = end_tokens(model.base_model, tokenizer)
     return [_answer(tokens, ends, tokenizer, decoding) for tokens in output[:, width:].tolist()]
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: those of the model's own settings, and the tokenizer's end of sequence."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [ends]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
@@ -162,10 +164,8 @@ def _answer(tokens: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBas
     stop = next((index for index, token in enumerate(tokens) if token in ends), None)
     kept = tokens if stop is None else tokens[:stop]
     text: str = tokenizer.decode(kept, skip_special_tokens=True)
-    cuts = [at for at in (text.find(end) for end in decoding.stop) if at >= 0]
-    if cuts:
-        text = text[: min(cuts)]
-    return Answer(text=text, tokens=len(kept), finished=stop is not None or bool(cuts))
+    cut = stop_at(text, decoding.stop)
+    return Answer(text=text[:cut], tokens=len(kept), finished=stop is not None or cut is not None)
 
 
 def decode_all(

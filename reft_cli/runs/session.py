@@ -9,14 +9,14 @@ from threading import Thread
 from typing import Any, Self
 
 import torch
-from transformers import TextIteratorStreamer
 
 from reft_cli.checkpoint import Checkpoint, read_checkpoint
 from reft_cli.data.batch import build_batch
 from reft_cli.data.encode import Example
 from reft_cli.data.templates import TextTemplate
 from reft_cli.errors import SpecError
-from reft_cli.generation.decode import Answer, decode_all, decode_batch
+from reft_cli.generation.decode import Answer, Decoding, decode_all, decode_batch, end_tokens
+from reft_cli.generation.stream import TextPieces, cut_at
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseSource, load_tokenizer
 from reft_cli.runfolder import Found, find
@@ -79,19 +79,22 @@ class Session:
     def stream(
         self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
     ) -> Iterator[str]:
-        """Pieces of one answer as they are decoded."""
-        if self.text.kind != "causal_lm":
-            yield self.answer([prompt], settings=settings, base=base, raw=raw)[0].text
-            return
+        """Pieces of one answer as they are decoded; joined, they are the answer. Beams come as one piece at the end."""
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, dict(settings))
-        streamer = TextIteratorStreamer(self.text.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        if self.text.kind != "causal_lm" or decoding.beams > 1:
+            return iter([self.answer([prompt], settings=settings, base=base, raw=raw)[0].text])
+        return self._pieces(self._encode([prompt], raw=raw), decoding, base=base)
+
+    def _pieces(self, prompts: list[Example], decoding: Decoding, *, base: bool) -> Iterator[str]:
+        ends = end_tokens(self.model.base_model, self.text.tokenizer)
+        streamer = TextPieces(self.text.tokenizer, ends=ends)
         failures: list[BaseException] = []
 
         def decode() -> None:
             try:
                 decode_batch(
                     self.model,
-                    self._encode([prompt], raw=raw),
+                    prompts,
                     groups=self.text.positions.groups(tied=self.tied),
                     tokenizer=self.text.tokenizer,
                     decoding=decoding,
@@ -126,30 +129,6 @@ class Session:
             text = f"{values[0]:.4f}" if self.text.kind == "regression" else (self.text.labels or ())[best]
             answers.append(Answer(text=text, tokens=0, finished=True))
         return answers
-
-
-def cut_at(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pieces of a text up to the first stop text; what may be the beginning of one is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        cuts = [at for at in map(held.find, stops) if at >= 0]
-        if cuts:
-            yield held[: min(cuts)]
-            for _ in pieces:  # let the decoder end
-                pass
-            return
-        safe = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How much of the end of `text` may be the beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def open_run(

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from small_tokenizers import KINDS, byte_level
 
 from reft_cli.data.encode import Counts, Encoded, Example, Notice
 from reft_cli.data.report import Lengths, render_row, report
 from reft_cli.positions import Positions
+from small_tokenizers import KINDS, byte_level
 
 
 def example(row, prompt, answer, label=None):

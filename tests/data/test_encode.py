@@ -5,7 +5,6 @@ import time
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import byte_level, unigram, word_piece, wrapped
 from tokenizers import normalizers
 
 from reft_cli.data.encode import Example, cut_middle, encode_examples, encode_prompts, fingerprint
@@ -14,6 +13,7 @@ from reft_cli.data.records import Rows
 from reft_cli.data.templates import choose_template
 from reft_cli.errors import DataError, ReftError, SpecError
 from reft_cli.positions import Positions
+from small_tokenizers import byte_level, unigram, word_piece, wrapped
 
 EOS = 1
 

@@ -5,11 +5,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tokenizers import CHAT, byte_level
 
 from reft_cli.data.formats import FORMATS, choose_format
 from reft_cli.data.templates import BareTemplate, TextTemplate, choose_template, placeholders, template_from_dict
 from reft_cli.errors import DataError, ReftError, SpecError
+from small_tokenizers import CHAT, byte_level
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 PLACE = "train.jsonl:3"

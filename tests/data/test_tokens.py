@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizers import KINDS, byte_level, unigram, word_piece
 
 from reft_cli.data.tokens import TextTokenizer, text_tokenizer
 from reft_cli.errors import ModelError
+from small_tokenizers import KINDS, byte_level, unigram, word_piece
 
 LOSSLESS = [name for name in KINDS if name.startswith("byte-level") and "prefix" not in name]
 words = st.sampled_from(["The film", " was", "good", " ", "  ", "\n", ":", "yes", "日本", "🙂", "é", "e\u0301", "7"])
