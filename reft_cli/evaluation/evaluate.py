@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_cli.data.batch import Batch, build_batch, micro_batches
 from reft_cli.data.encode import Example
+from reft_cli.data.fitting import check_fits
 from reft_cli.evaluation.metrics import FROM_LOSS, score_classes, score_loss, score_numbers, score_texts
 from reft_cli.generation.decode import Decoding, decode_all
 from reft_cli.models.intervened import IntervenedModel
@@ -41,6 +42,11 @@ class Evaluator:
     batch_size: int
     token_budget: int
 
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that may be generated for a row."""
+        return self.decoding.max_new_tokens if self.kind == "causal_lm" and self.metric not in FROM_LOSS else 0
+
     def run(
         self,
         model: IntervenedModel,
@@ -50,7 +56,11 @@ class Evaluator:
         edited: bool = True,
         on_progress: Progress | None = None,
     ) -> Evaluation:
-        """Score examples; `prompts` are the same rows without their answers (used by causal_lm only)."""
+        """Score examples; `prompts` are the same rows without their answers (used by causal_lm only).
+
+        DataError: one is longer than the model has positions for.
+        """
+        check_fits(examples, model.base_model, name="row", new_tokens=self.new_tokens)
         tell = on_progress or (lambda done, total: None)
         if self.kind == "causal_lm":
             return self._causal(model, examples, prompts, edited, tell)

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from reft_cli.data.encode import Example
+from reft_cli.data.fitting import check_fits
 from reft_cli.generation.stream import stop_at
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
@@ -134,7 +135,11 @@ def decode_batch(
     edited: bool = True,
     streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
-    """Answers to one batch of prompts, left-padded; with `edited=False` those of the base model."""
+    """Answers to one batch of prompts, left-padded; with `edited=False` those of the base model.
+
+    DataError: a prompt and its answer may be more than the model has positions for.
+    """
+    check_fits(prompts, model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
     width = max(len(prompt.input_ids) for prompt in prompts)
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (width - len(p.input_ids)) + p.input_ids for p in prompts])  # [B, W]

@@ -10,8 +10,10 @@ import torch
 from reft_cli import __version__
 from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, Manifest
 from reft_cli.data.batch import Layout
+from reft_cli.data.fitting import check_fits
 from reft_cli.errors import CheckpointError, ModelError
 from reft_cli.evaluation.evaluate import Evaluator
+from reft_cli.evaluation.metrics import FROM_LOSS
 from reft_cli.generation.decode import Decoding
 from reft_cli.models.blocks import find_blocks, hidden_size
 from reft_cli.models.build import build_intervened
@@ -19,7 +21,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_classifier
 from reft_cli.models.packing import why_not_packed
 from reft_cli.positions import Positions
-from reft_cli.runs.texts import TextSide
+from reft_cli.runs.texts import TextSide, TrainingData
 from reft_cli.spec.schema import GenerationSpec, ModelSpec, Spec
 from reft_cli.tasks.objectives import TASKS
 
@@ -55,6 +57,15 @@ def build_from_spec(base: BaseModel, spec: Spec) -> IntervenedModel:
         dropout_on=given.dropout_on,
         seed=spec.train.seed,
     )
+
+
+def check_lengths(base: BaseModel, data: TrainingData, spec: Spec) -> None:
+    """DataError if a row, or a validation prompt with its answer, has more tokens than the model has positions for."""
+    generates = spec.task.kind == "causal_lm" and (spec.checkpoint.best or spec.task.metric) not in FROM_LOSS
+    for encoded, generated in ((data.train, False), (data.validation, generates)):
+        if encoded is not None:
+            new = spec.generation.max_new_tokens if generated else 0
+            check_fits(encoded.examples, base.model, name=f"{encoded.name}: row", new_tokens=new)
 
 
 def build_from_checkpoint(base: BaseModel, checkpoint: Checkpoint) -> IntervenedModel:

@@ -9,7 +9,14 @@ from reft_cli.data.encode import Encoded
 from reft_cli.data.records import read_rows
 from reft_cli.data.report import DataReport, Token, render_row, report
 from reft_cli.models.loading import load_tokenizer
-from reft_cli.runs.assemble import base_source, build_from_spec, choose_layout, load_base, token_budget
+from reft_cli.runs.assemble import (
+    base_source,
+    build_from_spec,
+    check_lengths,
+    choose_layout,
+    load_base,
+    token_budget,
+)
 from reft_cli.runs.estimate import Estimate, estimate
 from reft_cli.runs.texts import TrainingData, load_training_data, source_of
 from reft_cli.spec.load import LoadedSpec
@@ -115,6 +122,7 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
 def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> ModelReport:
     spec = loaded.spec
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
+    check_lengths(base, data, spec)
     model = build_from_spec(base, spec)
     bank, head = model.bank, sum(parameter.numel() for parameter in model.head_parameters().values())
     per_site = sum(parameter.numel() for parameter in bank.parameters()) // bank.sites

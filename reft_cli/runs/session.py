@@ -13,6 +13,7 @@ import torch
 from reft_cli.checkpoint import Checkpoint, read_checkpoint
 from reft_cli.data.batch import build_batch
 from reft_cli.data.encode import Example
+from reft_cli.data.fitting import check_fits
 from reft_cli.data.templates import TextTemplate
 from reft_cli.errors import SpecError
 from reft_cli.generation.decode import Answer, Decoding, decode_all, decode_batch, end_tokens
@@ -119,6 +120,7 @@ class Session:
         return self.text.prompts([self.fields_of(each) if isinstance(each, str) else each for each in prompts])
 
     def _predict(self, examples: Sequence[Example], *, base: bool) -> list[Answer]:
+        check_fits(examples, self.model.base_model, name="prompt")
         groups, answers = self.text.positions.groups(tied=self.tied), []
         for example in examples:
             pad = self.text.tokenizer.pad_token_id or 0

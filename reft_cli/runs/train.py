@@ -36,6 +36,7 @@ from reft_cli.runfolder import RunFolder, Status
 from reft_cli.runs.assemble import (
     base_source,
     build_from_spec,
+    check_lengths,
     choose_layout,
     decoding_of,
     evaluator_of,
@@ -99,6 +100,7 @@ def train(
     data = load_training_data(spec, tokenizer)
     seed_everything(spec.train.seed)
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
+    check_lengths(base, data, spec)
     model = build_from_spec(base, spec)
     layout = choose_layout(model, spec)
     run = RunFolder.create(path, resume=resume is not None, overwrite=overwrite)
