@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from reft_cli import __version__
 from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, Manifest
 from reft_cli.data.batch import Layout
 from reft_cli.data.fitting import check_fits
-from reft_cli.errors import CheckpointError, ModelError
+from reft_cli.errors import CheckpointError, ModelError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator
 from reft_cli.evaluation.metrics import FROM_LOSS
 from reft_cli.generation.decode import Decoding
@@ -22,9 +25,11 @@ from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_
 from reft_cli.models.packing import why_not_packed
 from reft_cli.positions import Positions
 from reft_cli.runs.texts import TextSide, TrainingData
-from reft_cli.spec.schema import GenerationSpec, ModelSpec, Spec
+from reft_cli.spec.quoting import printable
+from reft_cli.spec.schema import Conflict, GenerationSpec, ModelSpec, Spec
 from reft_cli.tasks.objectives import TASKS
 
+SEEDS = 2**63  # torch takes no larger ones
 TOKEN_BUDGET = {"cuda": 16_384, "cpu": 4_096}  # tokens in one forward and backward pass
 
 
@@ -72,7 +77,9 @@ def build_from_checkpoint(base: BaseModel, checkpoint: Checkpoint) -> Intervened
     """The intervention of a checkpoint on its base. CheckpointError: the base is another one, or tensors do not fit."""
     manifest, found = checkpoint.manifest, describe_base(base)
     if found.shape_hash != manifest.base.shape_hash:
-        raise CheckpointError(f"{checkpoint.path} was trained on {_named(manifest.base)}; this base is {_named(found)}")
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on {_named(manifest.base)}; {_other(found, manifest.base)}"
+        )
     stored = manifest.intervention
     model = build_intervened(
         base,
@@ -93,19 +100,24 @@ def build_from_checkpoint(base: BaseModel, checkpoint: Checkpoint) -> Intervened
 
 def load_trainables(model: IntervenedModel, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's tensors into a model. CheckpointError: names or shapes differ; then nothing is changed."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.trainable_state().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    wanted = {name: _form(tensor) for name, tensor in model.trainable_state().items()}
+    given = {name: _form(tensor) for name, tensor in checkpoint.tensors.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {given.get(name, 'none')}, "
-                f"this intervention needs {wanted.get(name, 'none')}"
+                f"{checkpoint.path}: tensor {printable(name)} is {given.get(name, 'missing')}, "
+                f"this intervention has {wanted.get(name, 'none of that name')}"
             )
     bank = {name.removeprefix("bank."): t for name, t in checkpoint.tensors.items() if name.startswith("bank.")}
     model.bank.load_state_dict(bank)
     with torch.no_grad():
         for name, parameter in model.head_parameters().items():
             parameter.copy_(checkpoint.tensors[f"head.{name}"])
+
+
+def _form(tensor: torch.Tensor) -> str:
+    """Type and shape."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def describe_base(base: BaseModel) -> BaseIdentity:
@@ -123,6 +135,13 @@ def describe_base(base: BaseModel) -> BaseIdentity:
 def _named(base: BaseIdentity) -> str:
     commit = f"@{base.commit[:8]}" if base.commit else ""
     return f"{base.name}{commit} ({base.layers} layers, width {base.hidden_size})"
+
+
+def _other(found: BaseIdentity, wanted: BaseIdentity) -> str:
+    """Which base came instead; another name can only come from the flag."""
+    came = f"--model gave {_named(found)}" if found.name != wanted.name else f"that name now gives {_named(found)}"
+    alike = (found.layers, found.hidden_size) == (wanted.layers, wanted.hidden_size)
+    return came + (", whose parameters have other names or shapes" if alike else "")
 
 
 def manifest_fields(
@@ -166,12 +185,35 @@ def decoding_of(generation: GenerationSpec, *, seed: int = 0) -> Decoding:
     return Decoding(**values | {"stop": tuple(generation.stop), "seed": seed})
 
 
-def merge_generation(stored: dict[str, Any], overrides: dict[str, Any]) -> tuple[Decoding, int]:
-    """(decoding, batch size) of a checkpoint, with what a command's flags say on top."""
+def merge_generation(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[Decoding, int]:
+    """(decoding, batch size) of a checkpoint, with what a command's flags say on top.
+
+    SpecError: a flag has a value that cannot be, alone or beside what is stored.
+    """
     given = {key: value for key, value in overrides.items() if value is not None}
-    seed = int(given.pop("seed", 0))
-    generation = GenerationSpec.model_validate(stored | given)
+    seed = given.pop("seed", 0)
+    if type(seed) is not int or not 0 <= seed < SEEDS:
+        raise SpecError(Problem(f"{printable(str(seed))} is not a whole number from 0 to {SEEDS - 1}", key="--seed"))
+    try:
+        generation = GenerationSpec.model_validate({**stored, **given})
+    except ValidationError as error:
+        raise SpecError(*(_wrong_flag(each, given) for each in error.errors())) from error
     return decoding_of(generation, seed=seed), generation.batch_size
+
+
+def _wrong_flag(error: ErrorDetails, given: Mapping[str, Any]) -> Problem:
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, Conflict):
+        first = next(key for key in cause.keys if key in given)
+        return Problem(f"{cause.keys[0]} {cause}", key=_flag(first))
+    name, value = str(error["loc"][0]), printable(str(error["input"]))
+    if error["type"] == "extra_forbidden":
+        return Problem(f"no such setting; there are {', '.join(GenerationSpec.model_fields)}, seed", key=_flag(name))
+    return Problem(str(cause) if cause else f"{error['msg'].lower()} (got {value})", key=_flag(name))
+
+
+def _flag(name: str) -> str:
+    return "--" + printable(name).replace("_", "-")
 
 
 def evaluator_of(

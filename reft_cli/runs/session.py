@@ -15,7 +15,6 @@ from reft_cli.data.batch import build_batch
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.templates import TextTemplate
-from reft_cli.errors import SpecError
 from reft_cli.generation.decode import Answer, Decoding, decode_all, decode_batch, end_tokens
 from reft_cli.generation.stream import TextPieces, cut_at
 from reft_cli.models.intervened import IntervenedModel
@@ -66,7 +65,7 @@ class Session:
         examples = self._encode(prompts, raw=raw)
         if self.text.kind != "causal_lm":
             return self._predict(examples, base=base)
-        decoding, batch_size = merge_generation(self.checkpoint.manifest.generation, dict(settings))
+        decoding, batch_size = merge_generation(self.checkpoint.manifest.generation, settings)
         return decode_all(
             self.model,
             examples,
@@ -81,7 +80,7 @@ class Session:
         self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
     ) -> Iterator[str]:
         """Pieces of one answer as they are decoded; joined, they are the answer. Beams come as one piece at the end."""
-        decoding, _ = merge_generation(self.checkpoint.manifest.generation, dict(settings))
+        decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
         if self.text.kind != "causal_lm" or decoding.beams > 1:
             return iter([self.answer([prompt], settings=settings, base=base, raw=raw)[0].text])
         return self._pieces(self._encode([prompt], raw=raw), decoding, base=base)
@@ -158,7 +157,5 @@ def open_run(
     )
     tokenizer = load_tokenizer(source)
     text = text_side_of(stored.manifest.text, tokenizer=tokenizer, positions=manifest_positions(stored.manifest))
-    if text.kind == "classification" and not text.labels:
-        raise SpecError(f"{found.checkpoint}: a classifier without labels")
     loaded = load_base(source, text, seed=0)
     return Session(found, stored, build_from_checkpoint(loaded, stored), text)

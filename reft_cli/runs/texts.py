@@ -16,9 +16,12 @@ from reft_cli.data.encode import Encoded, Example, Overflow, TaskKind, encode_ex
 from reft_cli.data.formats import Format, choose_format, format_from_dict
 from reft_cli.data.records import Rows, Source, read_rows, split_off
 from reft_cli.data.templates import Template, choose_template, template_from_dict
-from reft_cli.errors import SpecError
+from reft_cli.errors import CheckpointError, SpecError
 from reft_cli.positions import Positions
+from reft_cli.spec.quoting import listed, printable
 from reft_cli.spec.schema import DataSpec, SourceSpec, Spec, TemplateSpec
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,17 @@ class TextSide:
 
 
 def text_side_of(stored: TextIdentity, *, tokenizer: PreTrainedTokenizerBase, positions: Positions) -> TextSide:
-    """The text side that a checkpoint was trained with."""
+    """The text side that a checkpoint was trained with. CheckpointError: its format or template cannot be."""
+    try:
+        data_format, template = format_from_dict(stored.format), template_from_dict(stored.template)
+        assert template.prompt_fields is not None  # parses the placeholders
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        text = printable(f"{type(error).__name__} {error}", limit=200)
+        raise CheckpointError(f"the checkpoint's format or template is not one of reft's: {text}") from error
     return TextSide(
         tokenizer=tokenizer,
-        data_format=format_from_dict(stored.format),
-        template=template_from_dict(stored.template),
+        data_format=data_format,
+        template=template,
         kind=stored.kind,
         positions=positions,
         append_eos=stored.append_eos,
@@ -119,6 +128,8 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
 
 def source_of(data: DataSpec, split: str) -> Source:
     """Where the rows of `train`, `validation` or `test` come from. SpecError: the spec does not say."""
+    if split not in SPLITS:
+        raise SpecError(f"--split {printable(split)}: the run's spec has {listed(SPLITS, last='and')}")
     given = getattr(data, split)
     if given is None:
         raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")

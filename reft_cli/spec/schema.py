@@ -33,6 +33,7 @@ class Words:
     text: str
 
 
+COLDEST = 1e-4  # temperatures below it divide logits into infinity
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, Field(min_length=1)]
@@ -351,6 +352,20 @@ class GenerationSpec(Section):
     """Texts that end an answer; they are cut off."""
     batch_size: PositiveInt = 32
     """Prompts decoded together."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm_enough(cls, temperature: float) -> float:
+        if 0 < temperature < COLDEST:
+            raise ValueError(f"{temperature:g} is too near to 0 to be sampled with; write 0, or at least {COLDEST:g}")
+        return temperature
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_text(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("an empty text would end every answer at once; remove it")
+        return stop
 
     @model_validator(mode="after")
     def _lengths(self) -> GenerationSpec:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from reft_cli import runs
 from reft_cli.spec.load import LoadedSpec, load_spec
 from reft_cli.training.observer import EvaluationRecord, NullObserver, StepRecord
 
@@ -80,6 +81,21 @@ def spec_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data_d
     path = tmp_path_factory.mktemp("spec") / "tiny.yaml"
     path.write_text(SPEC.format(model=tiny_llama, data=data_dir))
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(spec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of the tiny spec with `--set` texts on top; each is trained once and not to be changed."""
+    runs_there: dict[tuple[str, ...], Path] = {}
+
+    def run(*overrides: str) -> Path:
+        if overrides not in runs_there:
+            path = tmp_path_factory.mktemp("trained") / "run"
+            runs.train(load_spec(spec_file, overrides=overrides), output=path, observer=NullObserver())
+            runs_there[overrides] = path
+        return runs_there[overrides]
+
+    return run
 
 
 @pytest.fixture
