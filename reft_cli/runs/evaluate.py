@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from reft_cli.data.records import Rows, Source, read_rows
 from reft_cli.environment import versions
 from reft_cli.errors import SpecError
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
-from reft_cli.runfolder import RunFolder, step_of, write_atomic
+from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.session import Session, open_run
 from reft_cli.runs.texts import source_of, without_answers
@@ -61,7 +61,7 @@ def evaluate(
 ) -> EvalReport:
     """Score a run on `data` (a file, folder, hub id or bundled name), or on a split of its own spec.
 
-    The result and every row's prediction are kept in the run's eval/ folder.
+    The result and every row's prediction are kept in the run's eval/ folder, named by data, step and what was left out.
     """
     with open_run(
         run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
@@ -93,7 +93,11 @@ def evaluate(
             seconds=round(seconds, 3),
             path=None,
         )
-        report = _keep(session, report, results, summary_of(decoding) | {"batch_size": size})
+        name = [Path(encoded.name).stem, f"step_{session.checkpoint.manifest.step:06d}"]
+        name += ["base"] * (base == "only") + ([f"first_{limit}"] if limit else [])
+        if session.found.run is not None:
+            facts = {"generation": summary_of(decoding) | {"batch_size": size}, "device": str(session.model.device)}
+            report = _keep(session.found.run, report, results, name="-".join(name), facts=facts)
     step = session.checkpoint.manifest.step
     observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))
     observer.on_end("finished")
@@ -138,28 +142,22 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
 
 
 def _keep(
-    session: Session, report: EvalReport, results: dict[str, Evaluation], generation: dict[str, Any]
+    run: RunFolder, report: EvalReport, results: dict[str, Evaluation], *, name: str, facts: dict[str, Any]
 ) -> EvalReport:
     """Write the result and the samples into the run folder; rows of both models stand side by side."""
-    run: RunFolder | None = session.found.run
-    if run is None:
-        return report
-    name = f"{Path(report.data).stem}-step_{step_of(report.checkpoint):06d}"
     path = run.evaluation(name)
     samples = []
     for index, sample in enumerate(next(iter(results.values())).samples):
         both = {which: result.samples[index].get("prediction") for which, result in results.items()}
-        kept = {key: sample[key] for key in ("row", "prompt", "reference")}
+        line = {key: sample[key] for key in ("row", "prompt", "reference")}
         if "run" in both:
-            kept["prediction"] = both["run"]
+            line["prediction"] = both["run"]
         if "base" in both:
-            kept["base_prediction"] = both["base"]
-        samples.append(kept)
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            line["base_prediction"] = both["base"]
+        samples.append(line)
+    lines = "".join(json.dumps(finite(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_atomic(run.evaluation(name, suffix=".samples.jsonl"), lines)
-    kept_report = EvalReport(
-        **{field: getattr(report, field) for field in report.__dataclass_fields__} | {"path": path}
-    )
-    facts = {"generation": generation, "versions": versions(), "device": str(session.model.device)}
-    write_atomic(path, json.dumps(kept_report.to_dict() | facts, indent=2, ensure_ascii=False) + "\n")
-    return kept_report
+    kept = replace(report, path=path)
+    facts = facts | {"versions": versions()}
+    write_atomic(path, json.dumps(finite(kept.to_dict() | facts), indent=2, ensure_ascii=False) + "\n")
+    return kept
