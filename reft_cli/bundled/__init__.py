@@ -53,9 +53,9 @@ def _kind(path: Path) -> Kind:
 
 def _unknown(short: str, *, kind: Kind | None) -> ModelError | DataError:
     known = names(kind)
-    near = get_close_matches(PREFIX + short, known, n=1)
-    meant = kind or _kind(_contents()[near[0].removeprefix(PREFIX)] if near else ROOT)
+    near = get_close_matches(short, [name.removeprefix(PREFIX) for name in known], n=1)
+    meant = kind or _kind(_contents()[near[0]] if near else ROOT)
     what = {"model": "model", "data": "data set", None: "model or data set"}[kind]
-    hint = f"did you mean `{near[0]}`? " if near else ""
+    hint = f"did you mean `{PREFIX}{near[0]}`? " if near else ""
     message = f"`{PREFIX}{short}` is no bundled {what}; {hint}there are: {', '.join(known)}"
     return ModelError(message) if meant == "model" else DataError(message)

@@ -32,8 +32,8 @@ def test_a_misspelt_model_names_the_nearest():
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(DataError, match="`bundled:xyz` is no bundled data set; there are: "):
-        locate("bundled:xyz", kind="data")
+    with pytest.raises(DataError, match="`bundled:zzz` is no bundled data set; there are: "):
+        locate("bundled:zzz", kind="data")
 
 
 def test_a_model_is_not_data():
