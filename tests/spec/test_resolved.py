@@ -70,7 +70,7 @@ specs = st.fixed_dictionaries(
             max_grad_norm=st.none() | fractions,
             deterministic=st.booleans(),
         ),
-        "generation": mapping(stop=st.lists(texts, max_size=3), temperature=st.floats(0, 9)),
+        "generation": mapping(stop=st.lists(texts, max_size=3), temperature=st.just(0.0) | st.floats(1e-4, 9)),
         "log": st.lists(st.sampled_from(["wandb", "tensorboard"]), max_size=2),
         "output": texts.map(lambda text: text.replace("{", "").replace("}", "") + "/{name}"),
     },
