@@ -9,8 +9,9 @@ Shapes: N tokens of all sequences, L tokens of one, H heads, K key-value heads, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from itertools import groupby, pairwise
 
@@ -66,21 +67,13 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
-    if query.shape[1] != key.shape[1] and not SHARES_HEADS:
+    grouped, left = query.shape[1] != key.shape[1], -1 if window is None else window - 1
+    attend: Callable[..., object] = varlen_attn
+    if SHARES_HEADS:
+        attend = partial(varlen_attn, enable_gqa=grouped)
+    elif grouped:
         k, v = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (k, v))  # [N, H, E]
-    left = -1 if window is None else window - 1
-    attended = varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(left, 0),
-        **({"enable_gqa": query.shape[1] != key.shape[1]} if SHARES_HEADS else {}),
-    )
+    attended = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0))
     assert isinstance(attended, Tensor)
     return attended[None]
 

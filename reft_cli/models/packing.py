@@ -44,8 +44,8 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if leak[0, : len(LONG)].any():
         return "its attention mask does not keep packed sequences apart"
     alone = torch.cat([_logits(model, [sequence], alone=True)[0] for sequence in (LONG, SHORT)]).detach()
-    error = (logits.detach() - alone).square().mean(-1).sqrt()  # [N]
-    if error.max() > CLOSE * alone.std():
+    apart = (logits.detach() - alone).square().mean(-1).sqrt()  # [N]
+    if apart.max() > CLOSE * alone.std():
         return "its logits change when sequences are packed"
     return None
 
