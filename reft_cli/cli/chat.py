@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_cli.cli import console
 from reft_cli.cli.infer import write_stream
-from reft_cli.errors import DataError
+from reft_cli.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from reft_cli.runs import Session
@@ -65,7 +65,7 @@ class Chat:
             turn = {"role": "user", "content": line}
             row = {"messages": [*self.messages, turn]} if self.remembers else self.session.fields_of(line)
             pieces = self.session.stream(row, settings=self.settings, base=self.base)
-        except DataError as error:
+        except (DataError, SpecError) as error:
             console.complain(str(error))
             return
         try:

@@ -83,7 +83,9 @@ class Session:
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
         if self.text.kind != "causal_lm" or decoding.beams > 1:
             return iter([self.answer([prompt], settings=settings, base=base, raw=raw)[0].text])
-        return self._pieces(self._encode([prompt], raw=raw), decoding, base=base)
+        prompts = self._encode([prompt], raw=raw)
+        check_fits(prompts, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
+        return self._pieces(prompts, decoding, base=base)
 
     def _pieces(self, prompts: list[Example], decoding: Decoding, *, base: bool) -> Iterator[str]:
         ends = end_tokens(self.model.base_model, self.text.tokenizer)

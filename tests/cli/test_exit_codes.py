@@ -6,6 +6,7 @@ Signals and a planted bug reach a process of their own; test_commands.py has the
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -187,6 +188,15 @@ def test_divergence(reft, here: Path):
 
 def test_a_score_that_is_good_enough(reft, here: Path):
     assert reft("eval", "runs/s", "--fail-under", "exact_match=0", "-q").code == 0
+
+
+def test_a_chat_outlives_what_cannot_be_answered(reft, here: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = ["/set min_new_tokens 9", "a", "/set min_new_tokens 3", "a", "/set temperature 1e-9", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    done = reft("infer", "runs/s", "--chat")
+    assert done.code == 0 and done.out.strip()
+    assert "--min-new-tokens: min_new_tokens 9 is more than max_new_tokens 3" in done.err
+    assert "1e-09 is too near to 0" in done.err
 
 
 # ---- processes
