@@ -377,11 +377,14 @@ def step_of(checkpoint: Path) -> int:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old text or the new one and never a part."""
     new = path.with_name(f".{path.name}.tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk needs the room
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)

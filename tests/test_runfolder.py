@@ -255,7 +255,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         write_atomic(file, "new")
-    assert file.read_text() == "old"
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
 # ---- metrics.jsonl
