@@ -307,7 +307,7 @@ class TrainSpec(Section):
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     diverge_factor: Annotated[float, Field(gt=1)] = 10.0
-    """Stop when the loss is this many times the mean of the last hundred steps."""
+    """Stop when the loss is this many times the mean of the last hundred steps, and above that of the first step."""
 
     @model_validator(mode="after")
     def _batches(self) -> TrainSpec:

@@ -23,13 +23,11 @@ from reft_cli.errors import Diverged, Interrupted
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
+from reft_cli.training.divergence import LOSS_WINDOW, fault_of
 from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
 from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
 from reft_cli.training.schedule import Order, rate_factor
 from reft_cli.training.state import Progress, capture_state, restore_state
-
-LOSS_WINDOW = 100
-WATCH_FROM = 20  # losses that must be known before one can be called exploded
 
 
 @dataclass(frozen=True)
@@ -207,20 +205,22 @@ class Trainer:
 
     def _look_at_losses(self) -> None:
         """Read the losses since the last look (one wait for the device) and stop if one is not finite or exploded."""
+        settings = self.settings
         for (step, _, rows), loss in zip(
             self._pending, torch.stack([loss for _, loss, _ in self._pending]).tolist(), strict=True
         ):
-            recent = self.progress.recent_losses
-            mean = sum(recent) / len(recent) if recent else loss
-            exploded = len(recent) >= WATCH_FROM and loss > self.settings.diverge_factor * max(mean, 1e-3)
-            if not math.isfinite(loss) or exploded:
-                what = f"rose to {loss:.3g} from a mean of {mean:.3g}" if math.isfinite(loss) else f"is {loss}"
+            progress = self.progress
+            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+            fault = fault_of(
+                loss, recent=progress.recent_losses, first=progress.first_loss, factor=settings.diverge_factor
+            )
+            if fault:
                 shown = ", ".join(map(str, sorted(rows)[:8])) + (", …" if len(rows) > 8 else "")
                 raise Diverged(
-                    f"loss {what} at step {step} (learning rate {self.settings.learning_rate:g}, rows {shown}). "
+                    f"loss {fault} at step {step} (learning rate {settings.learning_rate:g}, rows {shown}). "
                     f"{self.hooks.last_good()} Try a lower train.learning_rate, or train.warmup_ratio: 0.1"
                 )
-            self.progress.recent_losses = [*recent, loss][-LOSS_WINDOW:]
+            progress.recent_losses = [*progress.recent_losses, loss][-LOSS_WINDOW:]
         self._pending.clear()
 
     def _report_step(self, norm: Tensor, rate: float) -> None:
