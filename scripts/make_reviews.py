@@ -317,8 +317,9 @@ class Writer:
 
 
 def with_article(noun_phrase: str) -> str:
-    """The phrase with `a` or `an` before it."""
-    return ("an " if noun_phrase[0] in "aeiou" else "a ") + noun_phrase
+    """The phrase with `a` or `an` before it, by its sound."""
+    vowel = noun_phrase[0] in "aeiou" and not noun_phrase.startswith("useless")
+    return ("an " if vowel else "a ") + noun_phrase
 
 
 def vocabulary(pool: Pool) -> set[str]:

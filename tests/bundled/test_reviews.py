@@ -68,9 +68,10 @@ def test_no_text_is_there_twice():
 
 
 def test_texts_are_whole_sentences():
-    for row in (row for rows in REVIEWS.values() for row in rows):
-        assert re.fullmatch(r"[A-Z][A-Za-zé,;:.! -]+[.!]", row["text"]), row["text"]
-        assert not re.search(r"  | [.,]|[.!] [a-z]|\ba [aeiou]|\ban [^aeiou]", row["text"]), row["text"]
+    slip = re.compile(r"  | [.,]|[.!] [a-z]|\ba (?!useless)[aeiou]|\ban ([^aeiou]|useless)")
+    for text in (row["text"] for rows in REVIEWS.values() for row in rows):
+        assert re.fullmatch(r"[A-Z][A-Za-zé,;:.! -]+[.!]", text), text
+        assert not slip.search(text), text
 
 
 def test_every_row_has_an_opinion():
