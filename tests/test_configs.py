@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from reft_cli import runs
+from reft_cli.interventions import METHODS
 from reft_cli.spec.load import load_spec
+from reft_cli.training.observer import NullObserver
 
 ROOT = Path(__file__).parents[1] / "configs"
 FILES = sorted(ROOT.rglob("*.yaml"))
@@ -32,3 +35,18 @@ def test_bundled_spec_passes_check(path: Path, monkeypatch: pytest.MonkeyPatch):
     report = runs.check(load_spec(path))
     assert report.warnings == []
     assert report.model is not None and report.model.percent < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_quickstart_trains_and_reloads_with_every_method(method: str, tmp_path: Path):
+    small = ("data.train.limit=32", "data.validation.limit=8", "train.max_steps=2")
+    loaded = load_spec(ROOT / "quickstart.yaml", overrides=[f"intervention.method={method}", *small])
+    result = runs.train(loaded, output=tmp_path / "run", observer=NullObserver())
+    with runs.open_run(result.run, checkpoint="last") as session:
+        assert session.checkpoint.manifest.intervention.method == method
+        assert all(
+            torch.equal(session.model.trainable_state()[name], tensor)
+            for name, tensor in session.checkpoint.tensors.items()
+        )
+        (answer,) = session.answer(["The film is good."], settings={})
+    assert answer.tokens <= 4
