@@ -292,15 +292,20 @@ def main() -> None:
         return
     results = run_sides(args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    whole = {"shape": args.shape, "mix": args.mix, "rows": ROWS, "device": device, "floor": round(floor(args), 5)}
+    whole: dict[str, Any] = {"shape": args.shape, "mix": args.mix, "rows": ROWS, "device": device}
+    if torch.cuda.is_available():
+        whole["floor"] = round(floor(args), 5)
     if args.output:
         args.output.write_text(json.dumps(whole | {"sides": results}, indent=2) + "\n")
-    print(f"{args.shape} {args.mix} on {device}; arithmetic floor {whole['floor']} s")
+    print(
+        f"{args.shape} {args.mix} on {device}" + (f"; arithmetic floor {whole['floor']} s" if "floor" in whole else "")
+    )
     for row in results:
         if "error" in row:
             print(f"{row['side']:8} failed: {row['error']}")
         else:
-            print(f"{row['side']:8} {row['seconds']:.4f} s  {row['peak_gib'] or 0:6.1f} GiB  loss {row['loss']}")
+            memory = f"  {row['peak_gib']:6.1f} GiB" if row["peak_gib"] else ""
+            print(f"{row['side']:8} {row['seconds']:.4f} s{memory}  loss {row['loss']}")
 
 
 if __name__ == "__main__":
