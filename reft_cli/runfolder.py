@@ -82,7 +82,7 @@ class RunFolder:
             return False
 
     def _in_the_way(self) -> str:
-        status = self.read()["status"]
+        status = self.status()
         state = {"done": "has finished", "running": "is unfinished"}.get(status, f"is unfinished ({status})")
         return f"{self.path} exists and {state}. Continue with --resume, start over with --overwrite, or give --name."
 
@@ -113,15 +113,29 @@ class RunFolder:
         key = self.path.resolve()
         if os.name != "posix" or key in _locks:
             return
-        import fcntl
-
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise SpecError(f"{self.path} is being written by another process. Wait for it, or give --name.") from None
+        descriptor = _take_lock(os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644))
+        if descriptor is None:
+            raise SpecError(f"{self.path} is being written by another process. Wait for it, or give --name.")
         _locks[key] = descriptor
+
+    def is_written(self) -> bool:
+        """Whether a process, this one or another, holds the folder now; without locks, what run.json says."""
+        if os.name != "posix":
+            return self.read().get("status") == "running"
+        if self.path.resolve() in _locks:
+            return True
+        try:
+            descriptor = _take_lock(os.open(self.path / ".lock", os.O_RDWR | os.O_CLOEXEC))
+        except OSError:
+            return False
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None
+
+    def status(self) -> str:
+        """The status in run.json; `killed` for a run that is said to be running and that nobody writes."""
+        said = str(self.read().get("status", "unknown"))
+        return "killed" if said == "running" and not self.is_written() else said
 
     def release(self) -> None:
         """Let other processes write the folder again."""
@@ -247,7 +261,7 @@ class RunFolder:
         """
         there = self.checkpoints()
         if not there:
-            raise CheckpointError(f"{self.path} has no checkpoint (status: {self.read()['status']})")
+            raise CheckpointError(f"{self.path} has no checkpoint (status: {self.status()})")
         if which is None:
             return self.linked("best") or self.linked("last") or there[-1]
         if which == "last":
@@ -389,6 +403,18 @@ def write_atomic(path: Path, text: str) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def _take_lock(descriptor: int) -> int | None:
+    """The descriptor, now locked; None, and it is closed, if another process holds the lock."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _now() -> str:

@@ -179,8 +179,21 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path):
         for flags in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(SpecError, match="being written by another process"):
                 RunFolder.create(tmp_path / "x", **flags)
+        assert RunFolder(tmp_path / "x").is_written()
         other.kill()
+    assert not RunFolder(tmp_path / "x").is_written()
     assert RunFolder.create(tmp_path / "x", resume=True).exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+def test_a_run_that_nobody_writes_any_more_was_killed(tmp_path):
+    run = make_run(tmp_path / "x", status="running")
+    assert run.status() == "running"
+    run.release()
+    assert run.status() == "killed"
+    assert run.read()["status"] == "running"  # looking changes nothing
+    with pytest.raises(SpecError, match=r"exists and is unfinished \(killed\)\. Continue with --resume"):
+        RunFolder.create(tmp_path / "x")
 
 
 # ---- run.json

@@ -117,7 +117,7 @@ def _row(run: RunFolder) -> dict[str, Any]:
     newest = run.checkpoints()[-1:]
     return {
         "run": str(run.path),
-        "status": record["status"],
+        "status": run.status(),
         "step": step if step is not None else int(newest[0].name.removeprefix("step_")) if newest else None,
         "method": spec.get("intervention", {}).get("method"),
         "model": spec.get("model", {}).get("name"),

@@ -121,7 +121,7 @@ def test_a_run_that_ended_before_its_spec_was_written(reft, tmp_path, monkeypatc
     run = RunFolder.create("runs/early")
     run.begin(command=["reft"], facts={})
     run.release()
-    assert reft("runs", "ls", "--json").json[0]["status"] == "running"
+    assert reft("runs", "ls", "--json").json[0]["status"] == "killed"
 
 
 def test_a_damaged_spec_is_an_error_in_words(reft, runs):
