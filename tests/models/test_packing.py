@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from reft_cli.models import attention
 from reft_cli.models.attention import NotPackable, attending, packed_attention
 from reft_cli.models.packing import packing_inputs, why_not_packed
 from tiny_models import DECODERS, base_of, config_of
@@ -39,6 +40,18 @@ def test_a_model_whose_positions_run_on_is_not_packed(monkeypatch: pytest.Monkey
         model.transformer, "forward", lambda *args, **kwargs: inner(*args, **{**kwargs, "position_ids": None})
     )
     assert why_not_packed(model) == "its logits change when sequences are packed"
+
+
+def test_a_wrong_backward_pass_is_found(monkeypatch: pytest.MonkeyPatch):
+    model = base_of("llama").model
+    inner = attention._by_length
+
+    def steep(*tensors: object) -> torch.Tensor:
+        attended = inner(*tensors)
+        return attended + 99 * (attended - attended.detach())  # the same numbers, a hundred times the gradient
+
+    monkeypatch.setattr(attention, "_by_length", steep)
+    assert why_not_packed(model) == "its gradients change when sequences are packed"
 
 
 @pytest.mark.parametrize("window", [None, 3])
