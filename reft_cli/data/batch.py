@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -27,7 +28,6 @@ class Batch:
     """What one forward pass needs.
 
     `answer_rows[k]` is the row whose next token is `targets[k]`; `labels` are classes or numbers, one an example.
-    `tokens` counts real tokens.
     """
 
     inputs: dict[str, Tensor | int]
@@ -35,7 +35,6 @@ class Batch:
     answer_rows: Tensor
     targets: Tensor
     labels: Tensor | None
-    tokens: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies overlap with computation where the memory is pinned."""
@@ -67,7 +66,7 @@ def build_batch(
         starts = [index * width for index in range(len(examples))]
         inputs = _padded(examples, width, pad_token_id)
     else:
-        starts = [sum(lengths[:index]) for index in range(len(examples))]
+        starts = [0, *accumulate(lengths[:-1])]
         inputs = _packed(examples)
     answer_rows = [
         start + token
@@ -81,7 +80,6 @@ def build_batch(
         answer_rows=torch.tensor(answer_rows, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         labels=_labels(examples),
-        tokens=sum(lengths),
     )
 
 

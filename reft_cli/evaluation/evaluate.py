@@ -16,7 +16,7 @@ from reft_cli.evaluation.metrics import FROM_LOSS, score_classes, score_loss, sc
 from reft_cli.generation.decode import Decoding, decode_all
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
-from reft_cli.tasks.objectives import TASKS, predict
+from reft_cli.tasks.objectives import HEADS, TASKS, predict
 
 Progress = Callable[[int, int], None]
 
@@ -98,13 +98,14 @@ class Evaluator:
 
     @torch.inference_mode()
     def _head(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> Evaluation:
-        task, loss = TASKS[self.kind], 0.0
+        task, loss = HEADS[self.kind], 0.0
         outputs: dict[int, list[float]] = {}
         for chosen, batch in self._batches(model, examples):
             with model.editing(batch.rows if edited else None):
-                loss += float(task.loss(model, batch))
-                for example, values in zip(chosen, predict(model, batch).tolist(), strict=True):
-                    outputs[id(example)] = values
+                numbers_of = predict(model, batch)  # [B, C]
+            loss += float(task.loss_of(numbers_of, batch))
+            for example, values in zip(chosen, numbers_of.tolist(), strict=True):
+                outputs[id(example)] = values
             tell(len(outputs), len(examples))
         rows = [outputs[id(example)] for example in examples]
         metrics = {"loss": loss / task.units(examples)}

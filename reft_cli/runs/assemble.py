@@ -64,9 +64,14 @@ def build_from_spec(base: BaseModel, spec: Spec) -> IntervenedModel:
     )
 
 
+def best_metric(spec: Spec) -> str:
+    """The validation score that chooses the best checkpoint."""
+    return spec.checkpoint.best or str(spec.task.metric)
+
+
 def check_lengths(base: BaseModel, data: TrainingData, spec: Spec) -> None:
     """DataError if a row, or a validation prompt with its answer, has more tokens than the model has positions for."""
-    generates = spec.task.kind == "causal_lm" and (spec.checkpoint.best or spec.task.metric) not in FROM_LOSS
+    generates = spec.task.kind == "causal_lm" and best_metric(spec) not in FROM_LOSS
     for encoded, generated in ((data.train, False), (data.validation, generates)):
         if encoded is not None:
             new = spec.generation.max_new_tokens if generated else 0

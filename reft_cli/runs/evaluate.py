@@ -16,7 +16,7 @@ from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.session import Session, open_run
-from reft_cli.runs.texts import source_of, without_answers
+from reft_cli.runs.texts import names_a_split, source_of, without_answers
 from reft_cli.spec.load import load_spec
 from reft_cli.training.observer import EvaluationRecord, Observer
 
@@ -133,9 +133,7 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
             raise SpecError(f"data.validation of this run is a fraction ({spec.data.validation:g}); give --data")
         source = source_of(spec.data, split)
     else:
-        source = Source(path=data, split=None if data.endswith((".jsonl", ".json", ".csv", ".parquet")) else split)
-        if data.startswith("bundled:") and "/" in data:
-            source = Source(path=data)
+        source = Source(path=data, split=None if names_a_split(data) else split)
     if limit is not None:
         source = Source(source.path, source.split, source.subset, source.revision, limit)
     return read_rows(source)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from reft_cli.checkpoint import Checkpoint, read_checkpoint
-from reft_cli.data.batch import build_batch
+from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.templates import TextTemplate
@@ -20,7 +20,7 @@ from reft_cli.generation.stream import TextPieces, cut_at
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseSource, load_tokenizer
 from reft_cli.runfolder import Found, find
-from reft_cli.runs.assemble import build_from_checkpoint, load_base, manifest_positions, merge_generation
+from reft_cli.runs.assemble import build_from_checkpoint, load_base, manifest_positions, merge_generation, token_budget
 from reft_cli.runs.texts import TextSide, text_side_of
 from reft_cli.tasks.objectives import predict
 
@@ -122,16 +122,21 @@ class Session:
 
     def _predict(self, examples: Sequence[Example], *, base: bool) -> list[Answer]:
         check_fits(examples, self.model.base_model, name="prompt")
-        groups, answers = self.text.positions.groups(tied=self.tied), []
-        for example in examples:
+        groups, device = self.text.positions.groups(tied=self.tied), self.model.device
+        texts: dict[int, str] = {}
+        for chosen in micro_batches(examples, token_budget=2 * token_budget(device), rows=None, padded=True):
             pad = self.text.tokenizer.pad_token_id or 0
-            batch = build_batch([example], groups=groups, layout="padded", pad_token_id=pad).to(self.model.device)
+            batch = build_batch(chosen, groups=groups, layout="padded", pad_token_id=pad).to(device)
             with torch.inference_mode(), self.model.editing(None if base else batch.rows):
-                values = predict(self.model, batch)[0].tolist()
-            best = max(range(len(values)), key=values.__getitem__)
-            text = f"{values[0]:.4f}" if self.text.kind == "regression" else (self.text.labels or ())[best]
-            answers.append(Answer(text=text, tokens=0, finished=True))
-        return answers
+                outputs = predict(self.model, batch).tolist()  # [B, C]
+            texts.update({id(example): self._verdict(values) for example, values in zip(chosen, outputs, strict=True)})
+        return [Answer(text=texts[id(example)], tokens=0, finished=True) for example in examples]
+
+    def _verdict(self, values: list[float]) -> str:
+        """A head's numbers in words: the likeliest class, or the number."""
+        if self.text.kind == "regression":
+            return f"{values[0]:.4f}"
+        return (self.text.labels or ())[max(range(len(values)), key=values.__getitem__)]
 
 
 def open_run(

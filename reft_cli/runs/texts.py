@@ -135,18 +135,18 @@ def source_of(data: DataSpec, split: str) -> Source:
         raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")
     assert not isinstance(given, float), "a fraction is not a source"
     if isinstance(given, str):
-        return Source(path=given, split=None if _names_a_split(given) else split)
+        return Source(path=given, split=None if names_a_split(given) else split)
     path = given.path
     if path is None:
         train = data.train
         path = train.path if isinstance(train, SourceSpec) else train
     if path is None:
         raise SpecError(f"data.{split}.path: missing, and data.train has none either")
-    chosen = given.split or (None if _names_a_split(path) else split)
+    chosen = given.split or (None if names_a_split(path) else split)
     return Source(path=path, split=chosen, subset=given.subset, revision=given.revision, limit=given.limit)
 
 
-def _names_a_split(path: str) -> bool:
+def names_a_split(path: str) -> bool:
     """Whether a path is one split already: a file, or bundled:NAME/SPLIT."""
     return path.endswith((".jsonl", ".json", ".csv", ".parquet")) or (path.startswith("bundled:") and "/" in path)
 

@@ -35,6 +35,7 @@ from reft_cli.models.loading import BaseModel, load_tokenizer
 from reft_cli.runfolder import RunFolder, Status
 from reft_cli.runs.assemble import (
     base_source,
+    best_metric,
     build_from_spec,
     check_lengths,
     choose_layout,
@@ -98,7 +99,6 @@ def train(
     _set_determinism(spec.train.deterministic)
     tokenizer = load_tokenizer(base_source(spec.model))
     data = load_training_data(spec, tokenizer)
-    seed_everything(spec.train.seed)
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
     check_lengths(base, data, spec)
     model = build_from_spec(base, spec)
@@ -208,7 +208,7 @@ class _Work:
 
     def _settings(self) -> TrainSettings:
         train, checkpoint = self.spec.train, self.spec.checkpoint
-        best = checkpoint.best or str(self.spec.task.metric)
+        best = best_metric(self.spec)
         return TrainSettings(
             epochs=train.epochs,
             max_steps=train.max_steps,
@@ -235,10 +235,9 @@ class _Work:
         assert self.data.validation is not None
         examples = self.data.validation.examples
         generation = self.spec.generation
-        metric = self.spec.checkpoint.best or str(self.spec.task.metric)
         evaluator = evaluator_of(
             self.data.text,
-            metric=metric,
+            metric=best_metric(self.spec),
             decoding=decoding_of(generation),
             batch_size=generation.batch_size,
             device=self.model.device,
@@ -280,8 +279,7 @@ class _Work:
     def _finish(self, progress: Progress, reason: str) -> TrainResult:
         metrics = {"loss": progress.recent_losses[-1]}
         if progress.best_score is not None:
-            best = self.spec.checkpoint.best or str(self.spec.task.metric)
-            metrics[f"validation_{best}"] = progress.best_score
+            metrics[f"validation_{best_metric(self.spec)}"] = progress.best_score
         self.run.note({"step": progress.step, "metrics": metrics, "seconds": round(progress.seconds, 2)})
         self.run.finish("done", exit_code=0, reason=reason)
         self.run.write_card()

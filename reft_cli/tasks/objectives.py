@@ -49,7 +49,7 @@ class CausalLM:
 
     def units(self, examples: Sequence[Example]) -> int:
         """Answer tokens."""
-        return sum(len(example.input_ids) - max(example.prompt_length, 1) for example in examples)
+        return sum(example.learned for example in examples)
 
 
 def predict(model: IntervenedModel, batch: Batch) -> Tensor:
@@ -66,8 +66,12 @@ class Classification:
 
     def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
         """Cross-entropy in nats."""
+        return self.loss_of(predict(model, batch), batch)
+
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of the head's numbers [B, C]."""
         assert batch.labels is not None, "a classification batch has labels"
-        return cross_entropy(predict(model, batch), batch.labels, reduction="sum")
+        return cross_entropy(outputs, batch.labels, reduction="sum")
 
     def units(self, examples: Sequence[Example]) -> int:
         """Rows."""
@@ -82,12 +86,17 @@ class Regression:
 
     def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
         """Squared error."""
+        return self.loss_of(predict(model, batch), batch)
+
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of the head's numbers [B, 1]."""
         assert batch.labels is not None, "a regression batch has numbers"
-        return mse_loss(predict(model, batch).squeeze(-1), batch.labels.float(), reduction="sum")
+        return mse_loss(outputs.squeeze(-1), batch.labels.float(), reduction="sum")
 
     def units(self, examples: Sequence[Example]) -> int:
         """Rows."""
         return len(examples)
 
 
-TASKS: dict[str, Task] = {"causal_lm": CausalLM(), "classification": Classification(), "regression": Regression()}
+HEADS: dict[str, Classification | Regression] = {"classification": Classification(), "regression": Regression()}
+TASKS: dict[str, Task] = {"causal_lm": CausalLM(), **HEADS}

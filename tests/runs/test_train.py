@@ -92,6 +92,9 @@ def test_head_tasks_train_score_and_reload(make_spec: MakeSpec, tmp_path: Path, 
     assert report.metrics["loss"] != report.base_metrics["loss"]
     with runs.open_run(result.run) as session:
         (answer,) = session.answer(["good fine"], settings={})
+        many = ["bad", "good fine warm cold", "poor cold", "good fine"]
+        together = session.answer(many, settings={})
+        assert together == [session.answer([each], settings={})[0] for each in many]
     assert answer.text in ("yes", "no") if kind == "classification" else float(answer.text)
 
 
