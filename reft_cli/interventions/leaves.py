@@ -1,8 +1,9 @@
 """Values computed from parameters once an optimizer step, used many times, and their gradients carried back once.
 
 The values are cut off from the graph that made them, and split by site: every site is an autograd leaf of its own. Any
-number of forward and backward passes then leaves gradients on the leaves, and one more backward pass, through the
-graph that was kept, leaves them on the parameters. The leaves stay where they are in memory from step to step.
+number of forward and backward passes then adds up gradients in one stacked tensor a value, of which each leaf's `.grad`
+is a row; one more backward pass, through the graph that was kept, carries them to the parameters. Values and gradients
+stay where they are in memory from step to step, so that a pass can be recorded once and replayed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 class Leaves:
-    """Detached copies of stacked values [S, …], by site."""
+    """Detached copies of stacked values [S, …], by site, and their gradients."""
 
     def __init__(self) -> None:
         self.values: tuple[Tensor, ...] = ()
+        self.gradients: tuple[Tensor, ...] = ()
         self.sites: list[tuple[Tensor, ...]] = []
         self.graph: tuple[Tensor, ...] | None = None
         self.stamp: tuple[tuple[int, int], ...] | None = None
@@ -29,6 +31,7 @@ class Leaves:
         """Copy values that were just computed from the parameters."""
         if [(v.shape, v.dtype, v.device) for v in values] != [(v.shape, v.dtype, v.device) for v in self.values]:
             self.values = tuple(torch.empty_like(v, requires_grad=False) for v in values)
+            self.gradients = ()
             views = [value.unbind() for value in self.values]
             self.sites = [tuple(view.detach() for view in site) for site in zip(*views, strict=True)]
         with torch.no_grad():
@@ -37,8 +40,16 @@ class Leaves:
         for site in self.sites:
             for leaf, new in zip(site, values, strict=True):
                 leaf.requires_grad_(keep_graph and new.requires_grad)
+        if keep_graph and not self.gradients:
+            self._give_gradients()
         self.graph = values if keep_graph else None
         self.stamp = _versions(parameters)
+
+    def _give_gradients(self) -> None:
+        self.gradients = tuple(torch.zeros_like(value) for value in self.values)
+        for site, *gradients in zip(self.sites, *self.gradients, strict=True):
+            for leaf, gradient in zip(site, gradients, strict=True):
+                leaf.grad = gradient
 
     def fresh(self, parameters: Iterable[Tensor | None]) -> bool:
         """Whether the values are those of the parameters as they are now."""
@@ -46,28 +57,26 @@ class Leaves:
 
     @property
     def pending(self) -> bool:
-        """Whether a leaf holds a gradient that no parameter has seen."""
-        return any(leaf.grad is not None for site in self.sites for leaf in site)
+        """Whether there are gradients that no parameter has seen; the host waits for the device to find out."""
+        return self.graph is not None and any(bool(gradient.any()) for gradient in self.gradients)
 
     def backpropagate(self) -> None:
         """Add the leaves' gradients, seen through the graph, to those of the parameters; zero for a site not used."""
         assert self.graph is not None, "nothing to go back through: call refresh() in training mode first"
-        roots, gradients = [], []
-        for root, leaves in zip(self.graph, zip(*self.sites, strict=True), strict=True):
-            if root.requires_grad:
-                roots.append(root)
-                zero = root.new_zeros(()).expand_as(root[0])
-                gradients.append(torch.stack([zero if leaf.grad is None else leaf.grad for leaf in leaves]))
-        if roots:
-            torch.autograd.backward(roots, gradients)
+        used = [pair for pair in zip(self.graph, self.gradients, strict=True) if pair[0].requires_grad]
+        if used:
+            torch.autograd.backward(*map(list, zip(*used, strict=True)))
         self.drop_gradients()
         self.graph = self.stamp = None
 
     def drop_gradients(self) -> None:
         """Forget gradients that were not carried back."""
-        for site in self.sites:
-            for leaf in site:
-                leaf.grad = None
+        for gradient in self.gradients:
+            gradient.zero_()
+
+    def trained(self) -> list[Tensor]:
+        """The leaves that take gradients."""
+        return [leaf for site in self.sites for leaf in site if leaf.requires_grad]
 
 
 def _versions(parameters: Iterable[Tensor | None]) -> tuple[tuple[int, int], ...]:

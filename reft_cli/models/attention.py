@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 PACKED = "reft_packed"
 FLASH_TYPES = (torch.bfloat16, torch.float16)
@@ -109,8 +109,7 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor:
     return ones.tril() & ones.triu(1 - (window or length))
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
+AttentionInterface.register(PACKED, packed_attention)  # and no mask function: transformers then makes no mask
 
 
 @contextmanager
