@@ -21,6 +21,7 @@ from reft_cli.models.packing import packing_inputs
 from reft_cli.positions import PositionGroup
 
 Layout = Literal["padded", "packed"]
+IGNORED = -100  # a target without a loss
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,26 @@ class Bank(nn.Module, ABC):
 
     def delta(self, site: int, h: Tensor) -> Tensor:
         """What is added to the rows h [N, d] at a site: [N, d], float32 (float64 if h or the bank is)."""
+        return self.delta_of(h, self.values(site))
+
+    def values(self, site: int) -> tuple[Tensor, ...]:
+        """One site's folded tensors, for `delta_of`."""
         if not torch.compiler.is_compiling() and not self._fresh():
             if self.training:
                 raise RuntimeError(f"{self.method}: the weights changed; call refresh() before the forward pass")
             self.refresh()
+        return self._leaves.sites[site]
+
+    def delta_of(self, h: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+        """`delta` as a function of its tensors alone, the same for all sites."""
         if torch.is_autocast_enabled(h.device.type):
             with torch.autocast(h.device.type, enabled=False):
-                return self._delta(site, h)
-        return self._delta(site, h)
+                return self._delta(h, values)
+        return self._delta(h, values)
+
+    def leaves(self) -> list[Tensor]:
+        """Tensors to which forward and backward passes add gradients, those of `values` that are trained."""
+        return self._leaves.trained()
 
     def fold(self) -> Folded:
         """A copy of the folded form as it is now, without gradients."""
@@ -91,8 +103,8 @@ class Bank(nn.Module, ABC):
         super().zero_grad(set_to_none)
         self._leaves.drop_gradients()
 
-    def _delta(self, site: int, h: Tensor) -> Tensor:
-        delta = self.form.rows(h, *self._leaves.sites[site])
+    def _delta(self, h: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+        delta = self.form.rows(h, *values)
         if not (self.training and self.dropout):
             return delta
         if self.dropout_on == "delta":

@@ -65,7 +65,7 @@ class Leaves:
         assert self.graph is not None, "nothing to go back through: call refresh() in training mode first"
         used = [pair for pair in zip(self.graph, self.gradients, strict=True) if pair[0].requires_grad]
         if used:
-            torch.autograd.backward(*map(list, zip(*used, strict=True)))
+            torch.autograd.backward([root for root, _ in used], [gradient for _, gradient in used])
         self.drop_gradients()
         self.graph = self.stamp = None
 

@@ -82,7 +82,8 @@ def _by_length(
     query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None
 ) -> Tensor:
     """One call for each run of neighbouring sequences of one length; batches are sorted by length."""
-    runs = [(length, len(list(run))) for length, run in groupby(end - start for start, end in pairwise(bounds))]
+    lengths = (end - start for start, end in pairwise(bounds))
+    runs = [(length, len(list(run))) for length, run in groupby(filter(None, lengths))]
     spans = [length * count for length, count in runs]
     parts = []
     # split, not slices: its backward pass is one concatenation, where each slice would fill a whole row with zeros

@@ -9,20 +9,25 @@ Shapes: B batch, T tokens, D hidden size, N edited rows, K answer rows, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reft_cli.errors import ModelError
 from reft_cli.interventions.bank import Bank
 from reft_cli.models.attention import PACKED, attending
 from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output
+from reft_cli.models.compiling import compilable_parts, compiled, compiling
 from reft_cli.models.sites import Site
+from reft_cli.models.unembedding import linear_head
 
 Rows = Mapping[str, Tensor]
+EditRows = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 
 
 class IntervenedModel(nn.Module):
@@ -38,8 +43,13 @@ class IntervenedModel(nn.Module):
         self.base_model = base_model
         self.bank = bank
         self.sites = sites
+        self.fused = False
+        self._blocks = blocks
+        self._edit_rows: EditRows = _row_editor(bank)
         self._rows: Rows | None = None
         self._answer_rows: Tensor | None = None
+        self._last_mlp_rows: Tensor | None = None
+        self._editing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._own_attention = base_model.config._attn_implementation
         self._targets = [find_target(blocks, site.layer, site.component) for site in sites]
@@ -52,6 +62,9 @@ class IntervenedModel(nn.Module):
         unembedding = self.base_model.get_output_embeddings()  # type: ignore[operator]
         if unembedding is not None:
             self._handles.append(unembedding.register_forward_pre_hook(self._keep_answer_rows))
+        last = self._last_mlp()
+        if last is not None:
+            self._handles += _only_at_rows(last, lambda: self._last_mlp_rows)
         return self
 
     def __exit__(
@@ -85,14 +98,29 @@ class IntervenedModel(nn.Module):
 
         return target.module.register_forward_pre_hook(edit_input, with_kwargs=True)
 
+    @cached_property
+    def linear_head(self) -> nn.Linear | None:
+        """The unembedding, if logits are nothing but its output; then the loss needs no logits of its own."""
+        if self.base_model.get_output_embeddings() is None:  # type: ignore[operator]
+            return None
+        with self.editing(None), self.packing(False):
+            return linear_head(self.base_model)
+
+    def _last_mlp(self) -> nn.Module | None:
+        """The last block's MLP, if what it makes of a row depends on that row alone and nobody edits inside."""
+        last = len(self._blocks.modules) - 1
+        try:
+            mlp = find_target(self._blocks, last, "mlp_output").module
+        except ModelError:
+            return None
+        edited = {target.module for target in self._targets}
+        return None if edited & set(mlp.modules()) else mlp
+
     def _rows_of(self, site: Site) -> Tensor | None:
         return None if self._rows is None else self._rows.get(site.group)
 
     def _edit(self, index: int, h: Tensor, rows: Tensor) -> Tensor:
-        flat = h.reshape(-1, h.shape[-1])  # [B*T, D]
-        before = flat.index_select(0, rows)  # [N, D]
-        after = (before + self.bank.delta(index, before)).to(h.dtype)  # summed in float32, then rounded once
-        return flat.index_copy(0, rows, after).view_as(h)
+        return self._edit_rows(h, rows, self.bank.values(index))
 
     def _keep_answer_rows(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._answer_rows is None:
@@ -106,11 +134,12 @@ class IntervenedModel(nn.Module):
 
         A backward pass that recomputes activations has to run inside too.
         """
-        before, self._rows = self._rows, rows
+        before, self._rows, self._editing = (self._rows, self._editing), rows, True
         try:
             yield
         finally:
-            self._rows = before
+            self._rows, self._editing = before
+            self._last_mlp_rows = None
 
     def set_rows(self, rows: Rows | None) -> None:
         """Change the rows inside `editing`, for passes whose rows are known only as they start (generation)."""
@@ -129,6 +158,33 @@ class IntervenedModel(nn.Module):
             self._answer_rows = None
         logits: Tensor = output.logits[0]
         return logits
+
+    def answers_at(self, inputs: Mapping[str, Tensor | int], answer_rows: Tensor) -> Tensor:
+        """What the unembedding is given at flat rows, [K, D]; the last MLP runs at these rows only.
+
+        Only inside `editing`, which has to go on until the backward pass is done: it may compute the MLP again.
+        """
+        assert self._editing, "answers_at belongs into `with model.editing(rows)`"
+        self._last_mlp_rows = answer_rows
+        output = self.base_model.get_decoder()(**inputs, use_cache=False)
+        if not torch.is_grad_enabled():
+            self._last_mlp_rows = None
+        h: Tensor = output.last_hidden_state
+        return h.reshape(-1, h.shape[-1]).index_select(0, answer_rows)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Inside, blocks, edits and the loss run compiled."""
+        assert self._handles, "hooks come first: parts are compiled around them"
+        _ = self.linear_head  # found by trying the model, which is not to be compiled for that
+        hooked = {target.module for target in self._targets} | set(filter(None, [self._last_mlp()]))
+        parts = [part for block in self._blocks.modules for part in compilable_parts(block, hooked)]
+        plain, self.fused, self._edit_rows = self._edit_rows, True, compiled(self._edit_rows)
+        try:
+            with compiling(parts):
+                yield
+        finally:
+            self._edit_rows, self.fused = plain, False
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Compute activations again in the backward pass, or keep them. Works for hooks inside blocks too."""
@@ -160,3 +216,40 @@ class IntervenedModel(nn.Module):
     def device(self) -> torch.device:
         """Where the base model takes its input."""
         return next(self.base_model.parameters()).device
+
+
+def _row_editor(bank: Bank) -> EditRows:
+    """h with h + Δ at the rows: a function of tensors alone, so that it compiles once for all sites."""
+
+    def edit_rows(h: Tensor, rows: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+        flat = h.reshape(-1, h.shape[-1])  # [B*T, D]
+        before = flat.index_select(0, rows)  # [N, D]
+        after = (before + bank.delta_of(before, values)).to(h.dtype)  # summed in float32, then rounded once
+        return flat.index_copy(0, rows, after).view_as(h)
+
+    return edit_rows
+
+
+def _only_at_rows(module: nn.Module, rows_of: Callable[[], Tensor | None]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Runs a module at some flat rows only, while there are any; elsewhere its output is zero, for nobody to read."""
+    shape: list[torch.Size] = []  # of the input that was cut down
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        rows = rows_of()
+        shape.clear()
+        if rows is None or not args:
+            return None
+        h = args[0]
+        shape.append(h.shape)
+        return (h.reshape(*[1] * (h.ndim - 2), -1, h.shape[-1]).index_select(-2, rows), *args[1:])  # [1, K, D]
+
+    def put_back(_: nn.Module, __: object, output: object) -> object:
+        rows = rows_of()
+        if rows is None or not shape:
+            return None
+        some = hidden_output(output)
+        flat = some.new_zeros(shape[0][:-1].numel(), some.shape[-1])
+        whole = flat.index_copy(0, rows, some.reshape(-1, some.shape[-1])).view(*shape[0][:-1], -1)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    return [module.register_forward_pre_hook(take), module.register_forward_hook(put_back)]

@@ -221,6 +221,8 @@ class _Work:
             micro_batch_size=None if train.micro_batch_size == "auto" else train.micro_batch_size,
             token_budget=token_budget(self.model.device),
             layout=self.layout,
+            compiled=False,
+            recorded=False,
             seed=train.seed,
             log_every=train.log_every,
             diverge_factor=train.diverge_factor,

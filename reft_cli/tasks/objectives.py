@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from reft_cli.data.batch import Batch
+from reft_cli.data.batch import IGNORED, Batch
 from reft_cli.data.encode import Example
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.tasks.cross_entropy import linear_cross_entropy
 
 
 class Task(Protocol):
@@ -43,9 +45,13 @@ class CausalLM:
     can_pack: bool = True
 
     def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
-        """Cross-entropy in nats; logits are formed at answer rows only."""
+        """Cross-entropy in nats; logits are formed at answer rows only, and where they can, chunk by chunk."""
+        head = model.linear_head
+        if head is not None and head.weight.dtype != torch.float16:  # whose gradients vanish before they are scaled
+            h = model.answers_at(batch.inputs, batch.answer_rows)  # [K, D]
+            return linear_cross_entropy(h, head.weight, head.bias, batch.targets, fused=model.fused)
         logits = model.logits_at(batch.inputs, batch.answer_rows)  # [K, V]
-        return cross_entropy(logits.float(), batch.targets, reduction="sum")
+        return cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
 
     def units(self, examples: Sequence[Example]) -> int:
         """Answer tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from signal import Signals
 from typing import Literal
@@ -26,6 +27,7 @@ from reft_cli.tasks.objectives import Task
 from reft_cli.training.divergence import LOSS_WINDOW, fault_of
 from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
 from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
+from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
 from reft_cli.training.schedule import Order, rate_factor
 from reft_cli.training.state import Progress, capture_state, restore_state
 
@@ -45,6 +47,8 @@ class TrainSettings:
     micro_batch_size: int | None
     token_budget: int
     layout: Layout
+    compiled: bool
+    recorded: bool
     seed: int
     log_every: int
     diverge_factor: float
@@ -94,6 +98,11 @@ class Trainer:
         )
         half = next(model.base_model.parameters()).dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
+        self.passes: Passes = (
+            RecordedPasses(model, task, pad_token_id=pad_token_id)
+            if settings.recorded
+            else PlainPasses(model, task, self.scaler)
+        )
         self.progress = Progress()
         self._pending: list[tuple[int, Tensor, list[int]]] = []  # (step, loss, rows) not yet looked at
 
@@ -111,8 +120,15 @@ class Trainer:
         """
         self.observer.on_start(self.steps, self.progress.step, summary)
         self.model.train()
-        with self.model.packing(self.settings.layout == "packed"):
+        with self.running():
             return self._loop()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model runs as the settings say: packed or padded, compiled or not."""
+        with self.model.packing(self.settings.layout == "packed"):
+            with self.model.compiling() if self.settings.compiled else nullcontext():
+                yield
 
     def _loop(self) -> str:
         epoch, permutation = -1, []
@@ -137,13 +153,8 @@ class Trainer:
         total = torch.zeros((), device=device)
         self.model.bank.refresh()
         for micro in self._share(examples):
-            batch = build_batch(micro, groups=self.groups, layout=settings.layout, pad_token_id=self.pad_token_id).to(
-                device
-            )
-            with self.model.editing(batch.rows):
-                loss = self.task.loss(self.model, batch) / units
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+            batch = build_batch(micro, groups=self.groups, layout=settings.layout, pad_token_id=self.pad_token_id)
+            total += self.passes(batch, units)
         self.progress.tokens += sum(len(example.input_ids) for example in examples)
         self.model.bank.backpropagate()
         gradients = all_gradients(self.model)

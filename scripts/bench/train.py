@@ -86,6 +86,10 @@ def padded(rows: list[Row], device: str) -> dict[str, torch.Tensor]:
     return {key: value.to(device) for key, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
+VARIANT = os.environ.get("VARIANT", "")
+BUDGET = int(os.environ.get("BUDGET", "32768"))
+
+
 def side_reft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]:
     """Our loop's own optimizer step."""
     from accelerate import Accelerator
@@ -109,9 +113,10 @@ def side_reft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]
     )  # fmt: skip
     settings = TrainSettings(
         epochs=1000, max_steps=None, learning_rate=9e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
-        max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=32_768,
-        layout="padded" if reason else "packed", seed=0, log_every=10**9, diverge_factor=1e9, validate_every="never",
-        save_every=10**9, patience=None, lower_is_better=True, best_metric="loss",
+        max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=BUDGET,
+        layout="padded" if reason else "packed", compiled="compile" in VARIANT, recorded="record" in VARIANT,
+        seed=0, log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
+        lower_is_better=True, best_metric="loss",
     )  # fmt: skip
     hooks = Hooks(None, lambda *_: None, lambda _: None, lambda *_: None, lambda: None, str)
     trainer = Trainer(
@@ -122,7 +127,7 @@ def side_reft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]
     intervened.train()
     entered = ExitStack()  # for as long as the process lives; a context that nobody holds ends at once
     entered.enter_context(intervened)
-    entered.enter_context(intervened.packing(settings.layout == "packed"))
+    entered.enter_context(trainer.running())
 
     def step(rows: list[Row], _: ExitStack = entered) -> float:
         examples = [Example(tokens, prompt, None, "", "", row) for row, (tokens, prompt) in enumerate(rows)]

@@ -1,0 +1,118 @@
+"""Forward and backward passes over micro-batches: as they come, or recorded once as a CUDA graph and replayed.
+
+A pass of a small model is a thousand kernels of some microseconds each, and starting them takes the host longer than
+running them takes the GPU. A recording starts them all at once. It holds for batches of one size, so batches are filled
+up to sizes of which there are few; it reads and writes the same memory every time, so batches are copied into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reft_cli.data.batch import Batch
+from reft_cli.data.capacity import fill
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.tasks.objectives import Task
+
+MOST_RECORDINGS = 48  # sizes of batches; each costs some megabytes of the GPU's memory, others run as they come
+
+
+class Passes(Protocol):
+    """What the loop calls for a micro-batch on the host."""
+
+    def __call__(self, batch: Batch, units: int) -> Tensor:
+        """Add the gradients of loss / units to what is there; returns loss / units, detached, on the device."""
+        ...
+
+
+class PlainPasses:
+    """Every pass is run as it comes. `scaler` scales the loss for float16."""
+
+    def __init__(self, model: IntervenedModel, task: Task, scaler: torch.amp.GradScaler) -> None:
+        self.model, self.task, self.scaler = model, task, scaler
+
+    def __call__(self, batch: Batch, units: int) -> Tensor:
+        """See Passes."""
+        there = batch.to(self.model.device)
+        with self.model.editing(there.rows):
+            loss = self.task.loss(self.model, there) / units
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+
+def why_not_recorded(model: IntervenedModel, *, packed: bool, checkpointing: bool, dropout: bool) -> str | None:
+    """None if passes can be recorded, else the reason."""
+    weight = next(model.base_model.parameters())
+    if weight.device.type != "cuda":
+        return f"there are no CUDA graphs on {weight.device.type}"
+    if not packed:
+        return "padded batches come in too many sizes"
+    if weight.dtype != torch.bfloat16:
+        return f"packed attention in {str(weight.dtype).removeprefix('torch.')} reads lengths on the host"
+    if checkpointing:
+        return "train.gradient_checkpointing is on"
+    return "there is dropout" if dropout else None
+
+
+class RecordedPasses:
+    """Passes as CUDA graphs, one for each size of batch; a size is run as it comes once, then recorded."""
+
+    def __init__(self, model: IntervenedModel, task: Task, *, pad_token_id: int) -> None:
+        self.model, self.task, self.pad_token_id = model, task, pad_token_id
+        self._pool = torch.cuda.MemPool()
+        self._recordings: dict[tuple[int, ...], _Recording] = {}
+        self._seen: set[tuple[int, ...]] = set()
+
+    def __call__(self, batch: Batch, units: int) -> Tensor:
+        """See Passes."""
+        batch = fill(batch, pad_token_id=self.pad_token_id)
+        size = (*(tensor.numel() for tensor in _tensors(batch)), int(batch.inputs["max_length_q"]))
+        if size in self._recordings:
+            return self._recordings[size].replay(batch, units)
+        if size not in self._seen or len(self._recordings) >= MOST_RECORDINGS:
+            self._seen.add(size)
+            with torch.cuda.use_mem_pool(self._pool):  # that of the recordings, which lies idle meanwhile
+                return self._plain(batch, units)
+        self._recordings[size] = _Recording(self.model, self.task, batch, self._pool)
+        return self._recordings[size].replay(batch, units)
+
+    def _plain(self, batch: Batch, units: int) -> Tensor:
+        there = batch.to(self.model.device)
+        with self.model.editing(there.rows):
+            loss = self.task.loss(self.model, there) / units
+            loss.backward()
+        return loss.detach().clone()
+
+
+class _Recording:
+    """One size of batch: the memory it is copied to, and the graph that reads it."""
+
+    def __init__(self, model: IntervenedModel, task: Task, batch: Batch, pool: torch.cuda.MemPool) -> None:
+        self.batch = batch.to(model.device)
+        self.share = torch.ones((), device=model.device)
+        self.graph = torch.cuda.CUDAGraph()
+        leaves = model.bank.leaves()
+        with torch.cuda.graph(self.graph, pool=pool.id), model.editing(self.batch.rows):  # type: ignore[arg-type]
+            self.loss = task.loss(model, self.batch) * self.share
+            slopes = torch.autograd.grad(self.loss, leaves, allow_unused=True)
+            for leaf, slope in zip(leaves, slopes, strict=True):
+                if slope is not None and leaf.grad is not None:
+                    leaf.grad += slope
+
+    def replay(self, batch: Batch, units: int) -> Tensor:
+        """Run the graph over another batch of the size."""
+        for there, new in zip(_tensors(self.batch), _tensors(batch), strict=True):
+            there.copy_(new, non_blocking=True)
+        self.share.fill_(1 / units)
+        self.graph.replay()
+        return self.loss.detach().clone()
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    yield from (each for _, each in sorted(batch.inputs.items()) if isinstance(each, Tensor))
+    yield from (rows for _, rows in sorted(batch.rows.items()))
+    yield from (batch.answer_rows, batch.targets)
