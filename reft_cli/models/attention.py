@@ -26,7 +26,7 @@ FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_WIDEST_HEAD = 256
 
 
-SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12
+SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12; before, it was always so
 
 
 class NotPackable(ValueError):
@@ -68,11 +68,7 @@ def _flash(
 ) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
     grouped, left = query.shape[1] != key.shape[1], -1 if window is None else window - 1
-    attend: Callable[..., object] = varlen_attn
-    if SHARES_HEADS:
-        attend = partial(varlen_attn, enable_gqa=grouped)
-    elif grouped:
-        k, v = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (k, v))  # [N, H, E]
+    attend: Callable[..., object] = partial(varlen_attn, enable_gqa=grouped) if SHARES_HEADS else varlen_attn
     attended = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0))
     assert isinstance(attended, Tensor)
     return attended[None]

@@ -7,6 +7,7 @@ own, and a whole model takes minutes where one block takes seconds.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -33,7 +34,8 @@ def compiling(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, these modules run compiled, for any number of tokens."""
     done: list[nn.Module] = []
     try:
-        with torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS):
+        with torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at every input
             for module in modules:
                 module.forward = torch.compile(module.forward, dynamic=True)
                 done.append(module)

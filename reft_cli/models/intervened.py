@@ -194,6 +194,7 @@ class IntervenedModel(nn.Module):
         else:
             switch = base.gradient_checkpointing_enable if wanted else base.gradient_checkpointing_disable
         switch({"use_reentrant": False}) if wanted else switch()  # type: ignore[operator]
+        base.disable_input_require_grads()  # type: ignore[operator]  # else all blocks below the edits go backward too
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters of the base class's task head, by their names in the base model."""

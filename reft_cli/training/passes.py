@@ -8,6 +8,7 @@ up to sizes of which there are few; it reads and writes the same memory every ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -63,7 +64,7 @@ class RecordedPasses:
 
     def __init__(self, model: IntervenedModel, task: Task, *, pad_token_id: int) -> None:
         self.model, self.task, self.pad_token_id = model, task, pad_token_id
-        self._pool = torch.cuda.MemPool()
+        self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._seen: set[tuple[int, ...]] = set()
 
@@ -75,28 +76,40 @@ class RecordedPasses:
             return self._recordings[size].replay(batch, units)
         if size not in self._seen or len(self._recordings) >= MOST_RECORDINGS:
             self._seen.add(size)
-            with torch.cuda.use_mem_pool(self._pool):  # that of the recordings, which lies idle meanwhile
-                return self._plain(batch, units)
-        self._recordings[size] = _Recording(self.model, self.task, batch, self._pool)
+            return self._plain(batch, units)
+        self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
         return self._recordings[size].replay(batch, units)
 
     def _plain(self, batch: Batch, units: int) -> Tensor:
-        there = batch.to(self.model.device)
-        with self.model.editing(there.rows):
-            loss = self.task.loss(self.model, there) / units
-            loss.backward()
+        """As it comes, on the stream and in the memory of the recordings, which lies idle meanwhile."""
+        now = torch.cuda.current_stream()
+        self._stream.wait_stream(now)
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), _one_thread():
+            there = batch.to(self.model.device)
+            with self.model.editing(there.rows):
+                loss = self.task.loss(self.model, there) / units
+                loss.backward()
+        now.wait_stream(self._stream)
         return loss.detach().clone()
+
+
+def _one_thread() -> AbstractContextManager[None]:
+    """Backward passes run in this thread, whose memory comes from the pool that is in use."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 class _Recording:
     """One size of batch: the memory it is copied to, and the graph that reads it."""
 
-    def __init__(self, model: IntervenedModel, task: Task, batch: Batch, pool: torch.cuda.MemPool) -> None:
+    def __init__(
+        self, model: IntervenedModel, task: Task, batch: Batch, *, pool: torch.cuda.MemPool, stream: torch.cuda.Stream
+    ) -> None:
         self.batch = batch.to(model.device)
         self.share = torch.ones((), device=model.device)
         self.graph = torch.cuda.CUDAGraph()
         leaves = model.bank.leaves()
-        with torch.cuda.graph(self.graph, pool=pool.id), model.editing(self.batch.rows):  # type: ignore[arg-type]
+        recording = torch.cuda.graph(self.graph, pool=pool.id, stream=stream)  # type: ignore[arg-type]
+        with recording, _one_thread(), model.editing(self.batch.rows):
             self.loss = task.loss(model, self.batch) * self.share
             slopes = torch.autograd.grad(self.loss, leaves, allow_unused=True)
             for leaf, slope in zip(leaves, slopes, strict=True):

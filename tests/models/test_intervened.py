@@ -157,3 +157,17 @@ def test_last_layer_trains_only_what_the_loss_can_see():
     gradient = model.bank.source_weight.grad
     assert gradient[0].abs().max() == 0  # the prefix of the last layer reaches no answer
     assert gradient[1].abs().max() > 0
+
+
+def test_checkpointing_adds_no_gradient_below_the_lowest_edited_layer():
+    model = intervened(layers=[1]).train()
+    model.checkpoint_activations(True)
+    seen: list[bool] = []
+    layers = model.base_model.model.layers
+    with model, layers[0].register_forward_hook(lambda _, __, out: seen.append(out.requires_grad)):
+        model.bank.refresh()
+        with model.editing({"f1+l1": torch.tensor([0, 6])}):
+            model.base_model(input_ids=IDS, use_cache=False).logits.sum().backward()
+    model.checkpoint_activations(False)
+    model.eval()
+    assert seen == [False]

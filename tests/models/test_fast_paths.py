@@ -1,0 +1,122 @@
+"""What saves work changes neither loss nor gradients: the last MLP at answer rows only, compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from reft_cli.data.batch import build_batch
+from reft_cli.data.encode import Example
+from reft_cli.models.build import build_intervened
+from reft_cli.models.compiling import compilable_parts, compile_seconds
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.positions import Positions
+from reft_cli.tasks.objectives import TASKS
+from tiny_models import DECODERS, base_of
+
+POSITIONS = Positions.parse("f2+l2")
+CAPPED = ("gemma2",)
+
+
+def intervened(family: str, component: str = "block_output", layers: str = "all") -> IntervenedModel:
+    return build_intervened(
+        base_of(family), method="loreft", layers=layers, component=component, positions=POSITIONS, tied=True,
+        rank=2, init="paper", dropout=0.0, dropout_on="delta", seed=0,
+    ).train()  # fmt: skip
+
+
+def batch_of(layout: str = "padded"):
+    chance = torch.Generator().manual_seed(0)
+    rows = [(9, 3), (2, 4), (7, 2)]
+    examples = [
+        Example(torch.randint(5, 200, (sum(row),), generator=chance).tolist(), row[0], None, "", "", number)
+        for number, row in enumerate(rows)
+    ]
+    return build_batch(examples, groups=POSITIONS.groups(tied=True), layout=layout, pad_token_id=1)
+
+
+def found(model: IntervenedModel, loss_of: Callable, layout: str = "padded") -> list[torch.Tensor]:
+    batch = batch_of(layout)
+    model.bank.refresh()
+    with model.editing(batch.rows):
+        loss = loss_of(model, batch)
+        loss.backward()
+    model.bank.backpropagate()
+    gradients = [parameter.grad.clone() for parameter in model.bank.parameters()]
+    model.bank.zero_grad()
+    return [loss.detach(), *gradients]
+
+
+def whole_loss(model: IntervenedModel, batch) -> torch.Tensor:
+    logits = model.base_model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.answer_rows]
+    return torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_loss_at_answers_is_that_of_the_whole_model(family: str):
+    model = intervened(family)
+    with model:
+        assert (model.linear_head is None) == (family in CAPPED)
+        torch.testing.assert_close(found(model, TASKS["causal_lm"].loss), found(model, whole_loss))
+    model.eval()
+
+
+@pytest.mark.parametrize("component", ["mlp_output", "mlp_activation", "mlp.down_proj.input", "attention_output"])
+def test_edits_inside_the_last_mlp_see_all_rows(component: str):
+    model = intervened("llama", component)
+    with model:
+        torch.testing.assert_close(found(model, TASKS["causal_lm"].loss), found(model, whole_loss))
+    model.eval()
+
+
+def test_the_last_mlp_runs_at_answers_only_and_only_in_the_loss():
+    model, seen = intervened("llama"), []
+    mlp = model.base_model.model.layers[-1].mlp
+    with model, model.editing(None):
+        assert model.linear_head is not None  # found by running the model once
+    with model, mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(out.shape[1])):
+        found(model, TASKS["causal_lm"].loss)
+        with torch.no_grad():
+            model.base_model(input_ids=torch.tensor([[5, 6, 7, 8]]))
+    model.eval()
+    assert seen == [9, 4]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_recomputed_activations_see_the_same_answer_rows(layout: str):
+    results = []
+    for wanted in (False, True):
+        model = intervened("llama")
+        model.checkpoint_activations(wanted)
+        with model, model.packing(layout == "packed"):
+            results.append(found(model, TASKS["causal_lm"].loss, layout))
+        model.checkpoint_activations(False)
+        model.eval()
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_parts_hold_no_hooked_module():
+    block = base_of("llama").model.model.layers[0]
+    assert compilable_parts(block, {block}) == [block]
+    parts = compilable_parts(block, {block.mlp})
+    assert parts == [block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm]
+    inside = compilable_parts(block, {block.mlp.down_proj})
+    assert block.mlp not in inside and block.mlp.down_proj in inside and block.self_attn in inside
+
+
+def test_compiled_blocks_and_edits_train_like_plain_ones(monkeypatch: pytest.MonkeyPatch):
+    """With torch's own interpreter behind the compiler: what is traced and cut is tested, not the code generator."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, **given: compile_with(made, backend="aot_eager", **given))
+    model = intervened("llama")
+    with model, model.packing(True):
+        plain = found(model, TASKS["causal_lm"].loss, "packed")
+        before = compile_seconds()
+        with model.compiling():
+            torch.testing.assert_close(found(model, TASKS["causal_lm"].loss, "packed"), plain)
+        assert compile_seconds() > before
+        assert "forward" not in vars(model.base_model.model.layers[0])
+        torch.testing.assert_close(found(model, TASKS["causal_lm"].loss, "packed"), plain)
+    model.eval()

@@ -1,0 +1,128 @@
+"""Recorded and compiled passes give the losses and gradients of plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+
+from reft_cli.data.batch import Batch, build_batch
+from reft_cli.data.encode import Example
+from reft_cli.models.build import build_intervened
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseModel, shape_hash
+from reft_cli.positions import Positions
+from reft_cli.tasks.objectives import TASKS
+from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
+
+pytestmark = pytest.mark.gpu
+POSITIONS = Positions.parse("f3+l3")
+TASK = TASKS["causal_lm"]
+
+
+def base_of(family: str, dtype: torch.dtype) -> BaseModel:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to("cuda", dtype)
+    return BaseModel(model, family, None, shape_hash(model))
+
+
+def intervened(base: BaseModel, method: str = "loreft", layers: str = "all") -> IntervenedModel:
+    return build_intervened(
+        base, method=method, layers=layers, component="mlp_output" if method == "red" else "block_output",
+        positions=POSITIONS, tied=True, rank=None if method == "red" else 4, init="paper", dropout=0.0,
+        dropout_on="delta", seed=0,
+    ).train()  # fmt: skip
+
+
+def batches() -> list[Batch]:
+    """Five batches of two sizes, each size several times."""
+    chance = torch.Generator().manual_seed(0)
+
+    def example(prompt: int, answer: int, row: int) -> Example:
+        return Example(torch.randint(5, 300, (prompt + answer,), generator=chance).tolist(), prompt, None, "", "", row)
+
+    groups = POSITIONS.groups(tied=True)
+    return [
+        build_batch([example(size + row, 4, row) for row in range(6)], groups=groups, layout="packed", pad_token_id=1)
+        for size in (20, 21, 60, 22, 61)
+    ]
+
+
+def found(model: IntervenedModel, passes: Passes, batch: Batch) -> list[torch.Tensor]:
+    model.bank.refresh()
+    loss = passes(batch, units=24)
+    model.bank.backpropagate()
+    gradients = [parameter.grad.clone() for parameter in model.bank.parameters()]
+    model.bank.zero_grad()
+    return [loss.clone(), *gradients]
+
+
+def plain_passes(model: IntervenedModel) -> PlainPasses:
+    return PlainPasses(model, TASK, torch.amp.GradScaler("cuda", enabled=False))
+
+
+@contextmanager
+def packed(model: IntervenedModel) -> Iterator[None]:
+    with model, model.packing(True):
+        yield
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma3Text"])
+@pytest.mark.parametrize("method", ["loreft", "red"])
+def test_recorded_passes_are_plain_passes(family: str, method: str):
+    model = intervened(base_of(family, torch.bfloat16), method)
+    recorded, plain = RecordedPasses(model, TASK, pad_token_id=1), plain_passes(model)
+    with packed(model):
+        for _ in range(3):
+            for batch in batches():
+                torch.testing.assert_close(
+                    found(model, recorded, batch), found(model, plain, batch), rtol=2e-2, atol=2e-3
+                )
+    assert len(recorded._recordings) == 2
+
+
+def test_recordings_follow_the_weights():
+    model = intervened(base_of("Llama", torch.bfloat16))
+    recorded, plain = RecordedPasses(model, TASK, pad_token_id=1), plain_passes(model)
+    batch = batches()[0]
+    with packed(model):
+        before = [found(model, recorded, batch) for _ in range(3)][-1]
+        with torch.no_grad():
+            model.bank.source_bias += 1.0
+        after = found(model, recorded, batch)
+        torch.testing.assert_close(after, found(model, plain, batch), rtol=2e-2, atol=2e-3)
+    assert (after[0] - before[0]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", ["all", "1;2"])
+def test_compiled_passes_are_plain_passes(dtype: torch.dtype, layers: str):
+    model = intervened(base_of("Llama", dtype), layers=layers)
+    plain = plain_passes(model)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-3}
+    with packed(model):
+        expected = [found(model, plain, batch) for batch in batches()]
+        with model.compiling():
+            for batch, wanted in zip(batches(), expected, strict=True):
+                torch.testing.assert_close(found(model, plain, batch), wanted, **close)
+            if dtype == torch.bfloat16:
+                recorded = RecordedPasses(model, TASK, pad_token_id=1)
+                for _ in range(3):
+                    for batch, wanted in zip(batches(), expected, strict=True):
+                        torch.testing.assert_close(found(model, recorded, batch), wanted, **close)
+
+
+def test_checkpointed_passes_are_plain_passes():
+    model = intervened(base_of("Llama", torch.float32))
+    plain = plain_passes(model)
+    with packed(model):
+        expected = [found(model, plain, batch) for batch in batches()]
+        model.checkpoint_activations(True)
+        again = [found(model, plain, batch) for batch in batches()]
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
