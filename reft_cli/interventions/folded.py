@@ -6,6 +6,7 @@ Inference, merging, serving and interop speak these two shapes. Shapes: S sites,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -27,9 +28,15 @@ class FoldedLowRank:
     @staticmethod
     def rows(h: Tensor, *site: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d], from one site's down [r, d], bias [r] and up [r, d]."""
-        wide = torch.promote_types(h.dtype, site[0].dtype)
-        down, bias, up = (tensor.to(wide) for tensor in site)
-        return functional.linear(h.to(wide), down, bias) @ up
+        wide, down, bias, up = _widest(h, *site)
+        return functional.linear(wide, down, bias) @ up
+
+    @staticmethod
+    def slopes(h: Tensor, upstream: Tensor, *site: Tensor) -> tuple[Tensor, ...]:
+        """Gradients to h, down, bias and up of the deltas of h [N, d], along upstream [N, d]."""
+        wide, upstream, down, bias, up = _widest(h, upstream, *site)
+        inner = upstream @ up.T  # [N, r]
+        return inner @ down, inner.T @ wide, inner.sum(0), functional.linear(wide, down, bias).T @ upstream
 
     def delta(self, site: int, h: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d] at a site."""
@@ -53,9 +60,21 @@ class FoldedDiagonal:
         scale, bias = site
         return torch.addcmul(bias, h, scale)  # promotes to scale's type; autograd keeps h as it is, not a wide copy
 
+    @staticmethod
+    def slopes(h: Tensor, upstream: Tensor, *site: Tensor) -> tuple[Tensor, ...]:
+        """Gradients to h, scale and bias of the deltas of h [N, d], along upstream [N, d]."""
+        wide, upstream, scale, _ = _widest(h, upstream, *site)
+        return upstream * scale, (upstream * wide).sum(0), upstream.sum(0)
+
     def delta(self, site: int, h: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d] at a site."""
         return self.rows(h, *(tensor[site] for tensor in self.tensors()))
 
 
 Folded = FoldedLowRank | FoldedDiagonal
+
+
+def _widest(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest type among them."""
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(widest) for tensor in tensors]

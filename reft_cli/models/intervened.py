@@ -22,12 +22,12 @@ from reft_cli.errors import ModelError
 from reft_cli.interventions.bank import Bank
 from reft_cli.models.attention import PACKED, attending
 from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output
-from reft_cli.models.compiling import compilable_parts, compiled, compiling
+from reft_cli.models.compiling import compilable_parts, compiling
+from reft_cli.models.editing import RowEditor
 from reft_cli.models.sites import Site
 from reft_cli.models.unembedding import linear_head
 
 Rows = Mapping[str, Tensor]
-EditRows = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 
 
 class IntervenedModel(nn.Module):
@@ -45,7 +45,7 @@ class IntervenedModel(nn.Module):
         self.sites = sites
         self.fused = False
         self._blocks = blocks
-        self._edit_rows: EditRows = _row_editor(bank)
+        self._edit = RowEditor(bank)
         self._rows: Rows | None = None
         self._answer_rows: Tensor | None = None
         self._last_mlp_rows: Tensor | None = None
@@ -82,7 +82,7 @@ class IntervenedModel(nn.Module):
                 rows = self._rows_of(site)
                 if rows is None:
                     return None
-                edited = self._edit(index, hidden_output(output), rows)
+                edited = self._edit(hidden_output(output), rows, index)
                 return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
             return target.module.register_forward_hook(edit_output)
@@ -93,7 +93,7 @@ class IntervenedModel(nn.Module):
             rows = self._rows_of(site)
             if rows is None:
                 return None
-            edited = self._edit(index, hidden_input(args, kwargs), rows)
+            edited = self._edit(hidden_input(args, kwargs), rows, index)
             return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
 
         return target.module.register_forward_pre_hook(edit_input, with_kwargs=True)
@@ -118,9 +118,6 @@ class IntervenedModel(nn.Module):
 
     def _rows_of(self, site: Site) -> Tensor | None:
         return None if self._rows is None else self._rows.get(site.group)
-
-    def _edit(self, index: int, h: Tensor, rows: Tensor) -> Tensor:
-        return self._edit_rows(h, rows, self.bank.values(index))
 
     def _keep_answer_rows(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._answer_rows is None:
@@ -179,12 +176,16 @@ class IntervenedModel(nn.Module):
         _ = self.linear_head  # found by trying the model, which is not to be compiled for that
         hooked = {target.module for target in self._targets} | set(filter(None, [self._last_mlp()]))
         parts = [part for block in self._blocks.modules for part in compilable_parts(block, hooked)]
-        plain, self.fused, self._edit_rows = self._edit_rows, True, compiled(self._edit_rows)
+        self._fuse(True)
         try:
             with compiling(parts):
                 yield
         finally:
-            self._edit_rows, self.fused = plain, False
+            self._fuse(False)
+
+    def _fuse(self, wanted: bool) -> None:
+        self.fused = wanted
+        self._edit.fuse(wanted)
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Compute activations again in the backward pass, or keep them. Works for hooks inside blocks too."""
@@ -217,18 +218,6 @@ class IntervenedModel(nn.Module):
     def device(self) -> torch.device:
         """Where the base model takes its input."""
         return next(self.base_model.parameters()).device
-
-
-def _row_editor(bank: Bank) -> EditRows:
-    """h with h + Δ at the rows: a function of tensors alone, so that it compiles once for all sites."""
-
-    def edit_rows(h: Tensor, rows: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-        flat = h.reshape(-1, h.shape[-1])  # [B*T, D]
-        before = flat.index_select(0, rows)  # [N, D]
-        after = (before + bank.delta_of(before, values)).to(h.dtype)  # summed in float32, then rounded once
-        return flat.index_copy(0, rows, after).view_as(h)
-
-    return edit_rows
 
 
 def _only_at_rows(module: nn.Module, rows_of: Callable[[], Tensor | None]) -> list[torch.utils.hooks.RemovableHandle]:
