@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reft_cli.data.report import DataReport, Token
     from reft_cli.runs import CheckReport
     from reft_cli.runs.check import ModelReport
+    from reft_cli.runs.execution import Execution
 
 ESCAPES = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})
 
@@ -73,10 +74,19 @@ def _model_facts(model: ModelReport) -> list[list[str]]:
     return [
         ["model", f"{model.name}: {model.base_parameters:,} parameters, {model.dtype} on {model.device}"],
         ["trainable", f"{model.trainable_parameters:,} ({model.percent:.3g} %) = {model.arithmetic}"],
-        ["layout", model.layout + (f": {model.layout_reason}" if model.layout_reason else "")],
+        *_execution_facts(model.execution),
         ["memory", f"about {memory} {measured}"],
         ["work", work],
     ]
+
+
+def _execution_facts(chosen: Execution) -> list[list[str]]:
+    ways = [
+        ["layout", chosen.layout, chosen.layout_reason],
+        ["compiled", "yes" if chosen.compiled else "no", chosen.compile_reason],
+        ["CUDA graphs", "yes" if chosen.recorded else "no", chosen.record_reason],
+    ]
+    return [[str(name), f"{way}: {reason}" if reason else str(way)] for name, way, reason in ways]
 
 
 def _print_data(data: dict[str, DataReport]) -> None:

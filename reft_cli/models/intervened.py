@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from reft_cli.errors import ModelError
 from reft_cli.interventions.bank import Bank
 from reft_cli.models.attention import PACKED, attending
-from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output
+from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output, hidden_size
 from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
 from reft_cli.models.sites import Site
@@ -108,7 +108,7 @@ class IntervenedModel(nn.Module):
 
     def _last_mlp(self) -> nn.Module | None:
         """The last block's MLP, if what it makes of a row depends on that row alone and nobody edits inside."""
-        last = len(self._blocks.modules) - 1
+        last = self.block_count - 1
         try:
             mlp = find_target(self._blocks, last, "mlp_output").module
         except ModelError:
@@ -213,6 +213,25 @@ class IntervenedModel(nn.Module):
     def base_count(self) -> int:
         """Parameters of the base model."""
         return sum(p.numel() for p in self.base_model.parameters())
+
+    def blocks_above_edits(self) -> int:
+        """Blocks from the lowest edited one up: those that have a backward pass."""
+        return self.block_count - min(site.layer for site in self.sites)
+
+    def operations_a_token(self) -> float:
+        """Floating-point operations, forward and backward, without the embedding.
+
+        2 a weight forward and 2 more backward (gradients of activations only; a full finetuning needs 4), the latter
+        only in blocks from the lowest edited one up.
+        """
+        embedding = int(getattr(self.base_model.config, "vocab_size", 0)) * hidden_size(self.base_model)
+        share = self.blocks_above_edits() / self.block_count
+        return (2 + 2 * share) * max(self.base_count() - embedding, 0)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the base model."""
+        return len(self._blocks.modules)
 
     @property
     def device(self) -> torch.device:

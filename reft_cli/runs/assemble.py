@@ -12,9 +12,8 @@ from pydantic_core import ErrorDetails
 
 from reft_cli import __version__
 from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, Manifest
-from reft_cli.data.batch import Layout
 from reft_cli.data.fitting import check_fits
-from reft_cli.errors import CheckpointError, ModelError, Problem, SpecError
+from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator
 from reft_cli.evaluation.metrics import FROM_LOSS
 from reft_cli.generation.decode import Decoding
@@ -22,12 +21,10 @@ from reft_cli.models.blocks import find_blocks, hidden_size
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_classifier
-from reft_cli.models.packing import why_not_packed
 from reft_cli.positions import Positions
 from reft_cli.runs.texts import TextSide, TrainingData
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import Conflict, GenerationSpec, ModelSpec, Spec
-from reft_cli.tasks.objectives import TASKS
 
 SEEDS = 2**63  # torch takes no larger ones
 TOKEN_BUDGET = {"cuda": 16_384, "cpu": 4_096}  # tokens in one forward and backward pass
@@ -170,17 +167,6 @@ def manifest_fields(
         "text": text.identity(str(spec.task.metric)),
         "generation": spec.generation.model_dump(),
     }
-
-
-def choose_layout(model: IntervenedModel, spec: Spec) -> tuple[Layout, str | None]:
-    """(layout, why it is padded although nobody asked for that). ModelError: packed was asked for and is not exact."""
-    wanted, kind = spec.train.layout, spec.task.kind
-    if wanted == "padded":
-        return "padded", None
-    reason = why_not_packed(model.base_model) if TASKS[kind].can_pack else f"task.kind {kind} reads a row a sequence"
-    if reason is not None and wanted == "packed":
-        raise ModelError(f"train.layout: packed would not be exact: {reason}; write auto or padded")
-    return ("packed", None) if reason is None else ("padded", reason)
 
 
 def decoding_of(generation: GenerationSpec, *, seed: int = 0) -> Decoding:

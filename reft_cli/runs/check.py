@@ -13,11 +13,11 @@ from reft_cli.runs.assemble import (
     base_source,
     build_from_spec,
     check_lengths,
-    choose_layout,
     load_base,
     token_budget,
 )
 from reft_cli.runs.estimate import Estimate, estimate
+from reft_cli.runs.execution import Execution, choose_execution
 from reft_cli.runs.texts import TrainingData, load_training_data, source_of
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.tasks.objectives import TASKS
@@ -78,9 +78,7 @@ class ModelReport:
     width: int
     arithmetic: str
     """How the trainable parameters come about."""
-    layout: str
-    layout_reason: str | None
-    """Why batches are padded although the spec leaves it open."""
+    execution: Execution
     estimate: Estimate
 
     @property
@@ -128,7 +126,7 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
     per_site = sum(parameter.numel() for parameter in bank.parameters()) // bank.sites
     parts = f"{bank.sites} sites × {per_site:,}" + (f" + head {head:,}" if head else "")
     dtype = next(base.model.parameters()).dtype
-    layout, reason = choose_layout(model, spec)
+    execution = choose_execution(model, spec, data.train.examples)
     return ModelReport(
         name=base.name,
         device=str(model.device),
@@ -141,14 +139,13 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
         component=spec.intervention.component,
         width=bank.width,
         arithmetic=f"{parts} (width {bank.width}, rank {bank.rank or '–'})",
-        layout=layout,
-        layout_reason=reason,
+        execution=execution,
         estimate=estimate(
             model,
             TASKS[spec.task.kind],
             examples=data.train.examples,
             groups=data.text.positions.groups(tied=spec.intervention.tied),
-            layout=layout,
+            layout=execution.layout,
             pad_token_id=data.text.tokenizer.pad_token_id or 0,
             steps=steps,
             global_batch_size=spec.train.global_batch_size,

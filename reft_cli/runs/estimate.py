@@ -1,8 +1,4 @@
-"""Memory and time of a training run: by the model's shape and the rows' lengths, and by one pass where that is quick.
-
-Floating-point operations of a frozen base: 2 for each weight and token forward, 2 more backward (gradients of
-activations only; a full finetuning needs 4), so 4 N T; layers below the lowest edited one go forward only.
-"""
+"""Memory and time of a training run: by shapes and lengths, and by one pass where that is quick."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import torch
 
 from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
 from reft_cli.data.encode import Example
-from reft_cli.models.blocks import find_blocks, hidden_size
+from reft_cli.models.blocks import hidden_size
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
@@ -64,9 +60,8 @@ def estimate(
     batch = build_batch(first, groups=groups, layout=layout, pad_token_id=pad_token_id)
     lengths = [len(each.input_ids) for each in first]
     tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
-    mean = sum(len(each.input_ids) for each in examples) / len(examples)
-    seen = round(mean * min(global_batch_size, len(examples)) * steps)
-    for_each_token = _operations_a_token(model)
+    seen = tokens_of(examples, global_batch_size=global_batch_size, steps=steps)
+    for_each_token = model.operations_a_token()
     seconds = measured = None
     if model.device.type != "cpu" or for_each_token * tokens < QUICK:
         model.checkpoint_activations(checkpointing)
@@ -83,20 +78,14 @@ def estimate(
     )
 
 
-def _edited_share(model: IntervenedModel) -> tuple[int, int]:
-    """(blocks, blocks from the lowest edited one up)."""
-    blocks = len(find_blocks(model.base_model).modules)
-    return blocks, blocks - min(site.layer for site in model.sites)
-
-
-def _operations_a_token(model: IntervenedModel) -> float:
-    blocks, edited = _edited_share(model)
-    embedding = int(getattr(model.base_model.config, "vocab_size", 0)) * hidden_size(model.base_model)
-    return (2 + 2 * edited / blocks) * max(model.base_count() - embedding, 0)
+def tokens_of(examples: Sequence[Example], *, global_batch_size: int, steps: int) -> int:
+    """Tokens of a whole run."""
+    mean = sum(len(each.input_ids) for each in examples) / len(examples)
+    return round(mean * min(global_batch_size, len(examples)) * steps)
 
 
 def _activation_bytes(model: IntervenedModel, tokens: int, answers: int, checkpointing: bool) -> int:
-    _, edited = _edited_share(model)
+    edited = model.blocks_above_edits()
     size = next(model.base_model.parameters()).element_size()
     kept = 2 * edited + KEPT_PER_LAYER if checkpointing else KEPT_PER_LAYER * edited
     vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))

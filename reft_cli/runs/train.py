@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from reft_cli.checkpoint import write_checkpoint
-from reft_cli.data.batch import Layout
 from reft_cli.errors import (
     MACHINE_FAULTS,
     CheckpointError,
@@ -30,6 +29,7 @@ from reft_cli.errors import (
     exit_code,
 )
 from reft_cli.evaluation.metrics import LOWER_IS_BETTER
+from reft_cli.models.compiling import compile_seconds
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, load_tokenizer
 from reft_cli.runfolder import RunFolder, Status
@@ -38,7 +38,6 @@ from reft_cli.runs.assemble import (
     best_metric,
     build_from_spec,
     check_lengths,
-    choose_layout,
     decoding_of,
     evaluator_of,
     load_base,
@@ -46,6 +45,7 @@ from reft_cli.runs.assemble import (
     manifest_fields,
     token_budget,
 )
+from reft_cli.runs.execution import Execution, choose_execution
 from reft_cli.runs.resuming import Start, check_same_run, rewind, starting_point
 from reft_cli.runs.texts import TrainingData, load_training_data, without_answers
 from reft_cli.spec.load import LoadedSpec
@@ -102,9 +102,9 @@ def train(
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
     check_lengths(base, data, spec)
     model = build_from_spec(base, spec)
-    layout = choose_layout(model, spec)
+    execution = choose_execution(model, spec, data.train.examples)
     run = RunFolder.create(path, resume=resume is not None, overwrite=overwrite)
-    work = _Work(run=run, spec=spec, base=base, model=model, data=data, layout=layout, observer=observer)
+    work = _Work(run=run, spec=spec, base=base, model=model, data=data, execution=execution, observer=observer)
     start = work.starting_point(resume) if resume is not None else None
     run.begin(command=sys.argv, facts=work.facts())  # first of all, so that a folder is never taken for no run
     run.write_spec(loaded.text, resolved=resolved_yaml(loaded))
@@ -128,12 +128,12 @@ class _Work:
         base: BaseModel,
         model: IntervenedModel,
         data: TrainingData,
-        layout: tuple[Layout, str | None],
+        execution: Execution,
         observer: Observer,
     ) -> None:
         self.run, self.spec, self.base, self.model, self.data = run, spec, base, model, data
         self.observer = observer
-        self.layout, self.layout_reason = layout
+        self.execution = execution
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
         )
@@ -158,8 +158,7 @@ class _Work:
                 for split, encoded in (("train", self.data.train), ("validation", self.data.validation))
                 if encoded is not None
             },
-            "layout": self.layout,
-            "layout_reason": self.layout_reason,
+            **asdict(self.execution),
             "micro_batch": self.spec.train.micro_batch_size,
             "token_budget": token_budget(device),
         }
@@ -220,9 +219,9 @@ class _Work:
             global_batch_size=train.global_batch_size,
             micro_batch_size=None if train.micro_batch_size == "auto" else train.micro_batch_size,
             token_budget=token_budget(self.model.device),
-            layout=self.layout,
-            compiled=False,
-            recorded=False,
+            layout=self.execution.layout,
+            compiled=self.execution.compiled,
+            recorded=self.execution.recorded,
             seed=train.seed,
             log_every=train.log_every,
             diverge_factor=train.diverge_factor,
@@ -282,7 +281,8 @@ class _Work:
         metrics = {"loss": progress.recent_losses[-1]}
         if progress.best_score is not None:
             metrics[f"validation_{best_metric(self.spec)}"] = progress.best_score
-        self.run.note({"step": progress.step, "metrics": metrics, "seconds": round(progress.seconds, 2)})
+        books = {"step": progress.step, "metrics": metrics, "seconds": round(progress.seconds, 2)}
+        self.run.note(books | {"compile_seconds": round(compile_seconds(), 2)})
         self.run.finish("done", exit_code=0, reason=reason)
         self.run.write_card()
         self.observer.on_end(reason)

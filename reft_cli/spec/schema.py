@@ -298,6 +298,10 @@ class TrainSpec(Section):
     """Rows in one pass through the model; auto: by a token budget for the device."""
     layout: Literal["auto", "padded", "packed"] = "auto"
     """padded: one row a sequence; packed: sequences end to end in one row."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the model's blocks; auto: on a GPU, where the run is long enough to win back the time."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """auto: passes of a small model are recorded once and replayed, where that gives the same result."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 42

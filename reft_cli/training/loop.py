@@ -272,7 +272,7 @@ class Trainer:
         assert self.hooks.validate is not None
         started = time.perf_counter()
         self.model.eval()
-        with self.model.packing(False):
+        with self.model.packing(False), torch.compiler.set_stance("force_eager"):  # decoding has other shapes each step
             metrics = self.hooks.validate()
         self.model.train()
         score, progress = metrics[self.settings.best_metric], self.progress

@@ -1,0 +1,93 @@
+"""How a run is carried out: packed or padded, compiled or not, recorded or not; each with the reason why not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils._triton import has_triton
+
+from reft_cli.data.batch import Layout
+from reft_cli.data.encode import Example
+from reft_cli.errors import ModelError
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.packing import why_not_packed
+from reft_cli.runs.estimate import tokens_of
+from reft_cli.spec.schema import Spec
+from reft_cli.tasks.objectives import TASKS
+from reft_cli.training.passes import why_not_recorded
+from reft_cli.training.schedule import Order
+
+# Floating-point operations of a run from which compiling wins back its time: on an H200 it takes 10 to 40 seconds and
+# saves a third of a step of a model of 1B parameters (1.6e13 operations), a sixth at 8B (1.1e14).
+WORTH_COMPILING = 5e16
+COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What was chosen. A reason says why it is not the faster way; None if it is, or if the spec asked for this."""
+
+    layout: Layout
+    layout_reason: str | None
+    compiled: bool
+    compile_reason: str | None
+    recorded: bool
+    record_reason: str | None
+
+
+def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Example]) -> Execution:
+    """The fastest exact way to train on these rows. ModelError: the spec insists on a way that is not open."""
+    batch = spec.train.global_batch_size
+    steps = Order(len(examples), batch, spec.train.seed).steps(spec.train.epochs, spec.train.max_steps)
+    operations = model.operations_a_token() * tokens_of(examples, global_batch_size=batch, steps=steps)
+    layout, layout_reason = _choose_layout(model, spec)
+    compiled, compile_reason = _choose_compiling(model, spec, operations)
+    recorded, record_reason = False, None
+    if spec.train.cuda_graphs == "auto":
+        record_reason = why_not_recorded(
+            model,
+            packed=layout == "packed",
+            checkpointing=spec.train.gradient_checkpointing,
+            dropout=bool(model.bank.dropout) or spec.model.dropout,
+        )
+        recorded = record_reason is None
+    return Execution(layout, layout_reason, compiled, compile_reason, recorded, record_reason)
+
+
+def _choose_layout(model: IntervenedModel, spec: Spec) -> tuple[Layout, str | None]:
+    wanted, kind = spec.train.layout, spec.task.kind
+    if wanted == "padded":
+        return "padded", None
+    reason = why_not_packed(model.base_model) if TASKS[kind].can_pack else f"task.kind {kind} reads a row a sequence"
+    if reason is not None and wanted == "packed":
+        raise ModelError(f"train.layout: packed would not be exact: {reason}; write auto or padded")
+    return ("packed", None) if reason is None else ("padded", reason)
+
+
+def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> tuple[bool, str | None]:
+    wanted = spec.train.compile
+    if wanted == "off":
+        return False, None
+    reason = _why_not_compiled(model.device)
+    if reason is not None and wanted == "on":
+        raise ModelError(f"train.compile: on is not possible: {reason}; write auto or off")
+    if wanted == "on" or reason is not None:
+        return reason is None, reason
+    if model.device.type != "cuda":
+        return False, "it pays on a GPU only; train.compile: on does it here"
+    if operations < WORTH_COMPILING:
+        return False, f"the run is too short to win back the time ({operations:.0e} operations)"
+    return True, None
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return f"torch.compile is not tried on {device.type}"
+    if not any(map(shutil.which, COMPILERS)):
+        return "there is no C compiler on the path"
+    if device.type == "cuda" and not has_triton():
+        return "Triton is not installed"
+    return None

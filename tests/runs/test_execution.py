@@ -1,0 +1,83 @@
+"""How a run is carried out is chosen by what is possible and pays, and each choice has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from reft_cli import runs
+from reft_cli.data.encode import Example
+from reft_cli.errors import ModelError
+from reft_cli.models.build import build_intervened
+from reft_cli.positions import Positions
+from reft_cli.runs import execution
+from reft_cli.runs.execution import choose_execution
+from reft_cli.spec.load import LoadedSpec
+from reft_cli.training.passes import why_not_recorded
+from tiny_models import base_of
+
+MakeSpec = Callable[..., LoadedSpec]
+ROWS = [Example([5, 6, 7], 2, None, "", "", row) for row in range(4)]
+
+
+@pytest.fixture
+def model():
+    return build_intervened(
+        base_of("llama"), method="loreft", layers="all", component="block_output", positions=Positions.parse("f2+l2"),
+        tied=True, rank=2, init="paper", dropout=0.0, dropout_on="delta", seed=0,
+    )  # fmt: skip
+
+
+def test_a_cpu_packs_and_says_why_it_does_no_more(model, make_spec: MakeSpec):
+    chosen = choose_execution(model, make_spec().spec, ROWS)
+    assert (chosen.layout, chosen.compiled, chosen.recorded) == ("packed", False, False)
+    assert chosen.layout_reason is None
+    assert chosen.compile_reason == "it pays on a GPU only; train.compile: on does it here"
+    assert chosen.record_reason == "there are no CUDA graphs on cpu"
+
+
+def test_what_was_asked_for_has_no_reason(model, make_spec: MakeSpec):
+    spec = make_spec("train.compile=off", "train.cuda_graphs=off", "train.layout=padded").spec
+    chosen = choose_execution(model, spec, ROWS)
+    assert not chosen.compiled and not chosen.recorded and chosen.layout == "padded"
+    assert (chosen.layout_reason, chosen.compile_reason, chosen.record_reason) == (None, None, None)
+
+
+def test_compiling_needs_a_compiler(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
+    assert choose_execution(model, make_spec("train.compile=on").spec, ROWS).compiled
+    monkeypatch.setattr(execution, "COMPILERS", ("no-such-compiler",))
+    with pytest.raises(ModelError, match=r"train\.compile: on is not possible: there is no C compiler on the path"):
+        choose_execution(model, make_spec("train.compile=on").spec, ROWS)
+    assert choose_execution(model, make_spec().spec, ROWS).compile_reason == "there is no C compiler on the path"
+
+
+def test_short_runs_are_not_compiled(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(execution, "has_triton", lambda: True)
+    short = choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS)
+    assert not short.compiled and short.compile_reason.startswith("the run is too short")
+    monkeypatch.setattr(execution, "WORTH_COMPILING", -1)
+    assert choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS).compiled
+
+
+def test_what_cannot_be_recorded_is_said(model):
+    given = {"packed": True, "checkpointing": False, "dropout": False}
+    assert why_not_recorded(model, **given) == "there are no CUDA graphs on cpu"
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_like_the_plain_one(
+    make_spec: MakeSpec, tmp_path: Path, observer, monkeypatch: pytest.MonkeyPatch
+):
+    """Through torch's own interpreter: what is traced and cut is tested here, generated code on GPUs."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, **given: compile_with(made, backend="aot_eager", **given))
+    found = {}
+    for wanted in ("off", "on"):
+        runs.train(make_spec(f"train.compile={wanted}"), output=tmp_path / wanted, observer=observer)
+        found[wanted] = [record.loss for record in observer.steps]
+        observer.steps.clear()
+    torch.testing.assert_close(found["on"], found["off"], rtol=1e-5, atol=1e-6)
