@@ -26,7 +26,8 @@ PROGRESS = {"step": 4, "tokens": 123, "recent_losses": [0.1, 1e-30, 3.0], "best_
 MANIFEST: dict[str, Any] = {
     "reft_version": "0.1.0",
     "step": 4,
-    "base": {"name": "a/b", "commit": None, "dtype": "auto", "shape_hash": "abc", "layers": 4, "hidden_size": 8},
+    "base": {"name": "a/b", "commit": None, "dtype": "auto", "quantization": None, "shape_hash": "abc"}
+    | {"layers": 4, "hidden_size": 8},
     "intervention": {
         "method": "loreft",
         "component": "block_output",

@@ -28,6 +28,7 @@ from transformers import (
 
 from reft_cli import bundled
 from reft_cli.errors import ModelError
+from reft_cli.models.float8 import to_float8, why_no_float8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -41,6 +42,7 @@ class BaseSource:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    quantization: str | None = None
     attention: str = "auto"
     dropout: bool = False
     trust_remote_code: bool = False
@@ -61,6 +63,7 @@ class BaseModel:
     shape_hash: str
     dtype: str = "auto"
     """As it was asked for."""
+    quantization: str | None = None
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -166,7 +169,13 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
         raise ModelError(_explain(source, error)) from error
     model.requires_grad_(False)
     model.eval().to(device)
-    return BaseModel(model, source.name, getattr(config, "_commit_hash", None), shape_hash(model), source.dtype)
+    if source.quantization == "float8":
+        reason = why_no_float8(device)
+        if reason is not None:
+            raise ModelError(f"model.quantization: {reason}; remove it, or train elsewhere")
+        to_float8(model)
+    commit = getattr(config, "_commit_hash", None)
+    return BaseModel(model, source.name, commit, shape_hash(model), source.dtype, source.quantization)
 
 
 def shape_hash(model: PreTrainedModel) -> str:

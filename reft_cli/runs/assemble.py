@@ -128,6 +128,7 @@ def describe_base(base: BaseModel) -> BaseIdentity:
         name=base.name,
         commit=base.commit,
         dtype=base.dtype,  # type: ignore[arg-type]  # one of the spec's literals
+        quantization=base.quantization,  # type: ignore[arg-type]
         shape_hash=base.shape_hash,
         layers=len(find_blocks(base.model).modules),
         hidden_size=hidden_size(base.model),

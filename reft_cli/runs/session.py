@@ -159,6 +159,7 @@ def open_run(
         name=model or base.name,
         revision=None if model else base.commit,
         dtype=dtype or stored.manifest.base.dtype,
+        quantization=stored.manifest.base.quantization,
         device=device or "auto",
         trust_remote_code=trust_remote_code,
     )

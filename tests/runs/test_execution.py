@@ -12,6 +12,7 @@ from reft_cli import runs
 from reft_cli.data.encode import Example
 from reft_cli.errors import ModelError
 from reft_cli.models.build import build_intervened
+from reft_cli.models.float8 import Float8Linear
 from reft_cli.positions import Positions
 from reft_cli.runs import execution
 from reft_cli.runs.execution import choose_execution
@@ -81,3 +82,12 @@ def test_a_compiled_run_ends_like_the_plain_one(
         found[wanted] = [record.loss for record in observer.steps]
         observer.steps.clear()
     torch.testing.assert_close(found["on"], found["off"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_float8_run_learns_and_is_answered_on_the_same_base(make_spec: MakeSpec, tmp_path: Path, observer):
+    runs.train(make_spec("model.quantization=float8", "train.epochs=4"), output=tmp_path / "run", observer=observer)
+    found = [record.loss for record in observer.steps]
+    assert found[-1] < found[0]
+    with runs.open_run(tmp_path / "run") as session:
+        layer = session.model.base_model.model.layers[0].mlp.up_proj
+        assert isinstance(layer, Float8Linear)

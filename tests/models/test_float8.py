@@ -1,0 +1,72 @@
+"""Float8 layers multiply, forward and backward, to the three bits that float8 has."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from reft_cli.errors import ModelError
+from reft_cli.models.float8 import Float8Linear, quantize_rows, to_float8, why_no_float8
+from reft_cli.models.loading import shape_hash
+from tiny_models import config_of
+
+N, I, O = 24, 64, 48  # noqa: E741
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_and_gradients_are_close(dtype: torch.dtype, biased: bool):
+    torch.manual_seed(0)
+    linear = nn.Linear(I, O, bias=biased).requires_grad_(False)
+    linear.weight *= torch.logspace(-3, 1, O)[:, None]  # rows of very different size
+    small = Float8Linear(copy.deepcopy(linear).to(dtype))
+    x, upstream = torch.randn(2, N, I), torch.randn(2, N, O)
+    found = []
+    for layer, kind in ((linear.float(), torch.float32), (small, dtype)):
+        given = x.to(kind).clone().requires_grad_(True)
+        made = layer(given)
+        made.backward(upstream.to(kind))
+        found.append((made.detach().float(), given.grad.float()))
+    assert small.weight.element_size() == 1 and made.dtype == dtype
+    assert error(found[1][0], found[0][0]) < 0.05 and error(found[1][1], found[0][1]) < 0.06
+
+
+def test_rows_keep_their_size_and_zeros():
+    wide = torch.tensor([[1e-6, 2e-6], [0.0, 0.0], [3e4, -1e4]])
+    small, scale = quantize_rows(wide)
+    torch.testing.assert_close(small.float() * scale, wide, rtol=0.07, atol=0)
+
+
+def test_the_blocks_alone_are_turned_and_the_shape_is_known_again():
+    model = transformers.AutoModelForCausalLM.from_config(config_of("llama"))
+    plain = copy.deepcopy(model)
+    before = shape_hash(model)
+    assert to_float8(model) == 3 * 7
+    assert isinstance(model.model.layers[0].mlp.down_proj, Float8Linear) and type(model.lm_head) is nn.Linear
+    assert shape_hash(model) == before
+    with torch.no_grad():
+        small, wide = (each(torch.tensor([[5, 6, 7, 8]])).logits for each in (model, plain))
+    assert error(small, wide) < 0.1
+    assert "float8" in repr(model.model.layers[0].mlp.down_proj)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    model = transformers.AutoModelForCausalLM.from_config(config_of("gpt2"))  # its layers are Conv1D
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no linear layers in its blocks that float8 takes"):
+        to_float8(model)
+
+
+def test_devices_without_float8_are_named(monkeypatch: pytest.MonkeyPatch):
+    assert why_no_float8(torch.device("cpu")) is None
+    assert why_no_float8(torch.device("mps")) == "there is no float8 on mps"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    assert why_no_float8(torch.device("cuda")).startswith("NVIDIA A100 has no float8")
