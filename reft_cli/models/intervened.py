@@ -24,6 +24,7 @@ from reft_cli.models.attention import PACKED, attending
 from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output, hidden_size
 from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
+from reft_cli.models.frozen import FrozenBlocks
 from reft_cli.models.sites import Site
 from reft_cli.models.unembedding import linear_head
 
@@ -46,6 +47,7 @@ class IntervenedModel(nn.Module):
         self.fused = False
         self._blocks = blocks
         self._edit = RowEditor(bank)
+        self.frozen = FrozenBlocks(blocks, sites)
         self._rows: Rows | None = None
         self._answer_rows: Tensor | None = None
         self._last_mlp_rows: Tensor | None = None
