@@ -33,15 +33,19 @@ class PositionGroup:
 
     def indices(self, prompt_length: int, length: int) -> list[int]:
         """The edited tokens of a sequence of `length` tokens whose first `prompt_length` are the prompt."""
+        return [token for span in self.ranges(prompt_length, length) for token in span]
+
+    def ranges(self, prompt_length: int, length: int) -> tuple[range, ...]:
+        """The same tokens as one range or two."""
         if self.part == "all":
-            return list(range(length))
+            return (range(length),)
         if self.part == "generated":
-            return list(range(prompt_length, length))
+            return (range(prompt_length, length),)
         if self.part == "prompt":
-            return list(range(prompt_length))
+            return (range(prompt_length),)
         prefix, suffix = split_counts(prompt_length, self.first, self.last)
-        head, tail = list(range(prefix)), list(range(prompt_length - suffix, prompt_length))
-        return {"prefix": head, "suffix": tail, "prefix+suffix": head + tail}[self.part]
+        head, tail = range(prefix), range(prompt_length - suffix, prompt_length)
+        return {"prefix": (head,), "suffix": (tail,), "prefix+suffix": (head, tail)}[self.part]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from reft_cli.data.encode import Example
+from reft_cli.data.examples import Example, Examples, Ints, ranges
 from reft_cli.models.packing import packing_inputs
 from reft_cli.positions import PositionGroup
 
@@ -61,26 +62,25 @@ def build_batch(
     pad_token_id: int,
 ) -> Batch:
     """Examples as one batch on the host."""
-    lengths = [len(example.input_ids) for example in examples]
-    width = max(lengths)
-    if layout == "padded":
-        starts = [index * width for index in range(len(examples))]
-        inputs = _padded(examples, width, pad_token_id)
+    chosen = Examples.of(examples)
+    lengths, prompts = chosen.lengths, chosen.prompt_lengths  # [B]
+    width = int(lengths.max())
+    packed_starts = np.cumsum(lengths) - lengths
+    starts = packed_starts if layout == "packed" else width * np.arange(len(chosen))
+    where = ranges(chosen.spans[:, 0], chosen.spans[:, 1])  # [N] of all tokens
+    ids = chosen.tokens[where].astype(np.int64)
+    learned_from = np.maximum(prompts, 1)
+    if layout == "packed":
+        inputs: dict[str, Tensor | int] = {"input_ids": torch.from_numpy(ids[None])}  # [1, N]
+        inputs |= packing_inputs(lengths.tolist())
     else:
-        starts = [0, *accumulate(lengths[:-1])]
-        inputs = _packed(examples)
-    answer_rows = [
-        start + token
-        for start, example, length in zip(starts, examples, lengths, strict=True)
-        for token in range(max(example.prompt_length, 1) - 1, length - 1)
-    ]
-    targets = [token for example in examples for token in example.input_ids[max(example.prompt_length, 1) :]]
+        inputs = _padded(chosen, where, ids, width=width, pad_token_id=pad_token_id)
     return Batch(
         inputs=inputs,
-        rows=edited_rows(examples, groups=groups, starts=starts),
-        answer_rows=torch.tensor(answer_rows, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        labels=_labels(examples),
+        rows=_edited(prompts, lengths, groups=groups, starts=starts),
+        answer_rows=torch.from_numpy(ranges(starts + learned_from - 1, starts + lengths - 1)),
+        targets=torch.from_numpy(ids[ranges(packed_starts + learned_from, packed_starts + lengths)]),
+        labels=None if chosen.labels is None else _labels(chosen.labels),
     )
 
 
@@ -88,44 +88,41 @@ def edited_rows(
     examples: Sequence[Example], *, groups: Sequence[PositionGroup], starts: Sequence[int]
 ) -> dict[str, Tensor]:
     """For each position group the flat rows that it edits; `starts` is the row of each example's first token."""
-    return {
-        group.name: torch.tensor(
-            [
-                start + token
-                for start, example in zip(starts, examples, strict=True)
-                for token in group.indices(example.prompt_length, len(example.input_ids))
-            ],
-            dtype=torch.long,
-        )
-        for group in groups
+    prompts = np.array([example.prompt_length for example in examples], dtype=np.int64)
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    return _edited(prompts, lengths, groups=groups, starts=np.array(starts, dtype=np.int64))
+
+
+def _edited(prompts: Ints, lengths: Ints, *, groups: Sequence[PositionGroup], starts: Ints) -> dict[str, Tensor]:
+    found = {}
+    for group in groups:
+        spans = [
+            (start + span.start, start + span.stop)
+            for start, prompt, length in zip(starts.tolist(), prompts.tolist(), lengths.tolist(), strict=True)
+            for span in group.ranges(prompt, length)
+        ]
+        bounds = np.array(spans, dtype=np.int64)  # [B or 2 B, 2]
+        found[group.name] = torch.from_numpy(ranges(bounds[:, 0], bounds[:, 1]))
+    return found
+
+
+def _padded(examples: Examples, where: Ints, tokens: Ints, *, width: int, pad_token_id: int) -> dict[str, Tensor | int]:
+    real = np.arange(width) < examples.lengths[:, None]  # [B, T]
+    ids = np.full(real.shape, pad_token_id, dtype=np.int64)
+    ids[real] = tokens
+    inputs: dict[str, Tensor | int] = {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(real.astype(np.int64)),
     }
-
-
-def _padded(examples: Sequence[Example], width: int, pad_token_id: int) -> dict[str, Tensor | int]:
-    ids = torch.full((len(examples), width), pad_token_id, dtype=torch.long)  # [B, T]
-    mask = torch.zeros(len(examples), width, dtype=torch.long)  # [B, T]
-    for index, example in enumerate(examples):
-        ids[index, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        mask[index, : len(example.input_ids)] = 1
-    inputs: dict[str, Tensor | int] = {"input_ids": ids, "attention_mask": mask}
-    if examples[0].token_types is not None:
-        types = torch.zeros(len(examples), width, dtype=torch.long)  # [B, T]
-        for index, example in enumerate(examples):
-            types[index, : len(example.input_ids)] = torch.tensor(example.token_types)
-        inputs["token_type_ids"] = types
+    if examples.token_types is not None:
+        types = np.zeros(real.shape, dtype=np.int64)
+        types[real] = examples.token_types[where]
+        inputs["token_type_ids"] = torch.from_numpy(types)
     return inputs
 
 
-def _packed(examples: Sequence[Example]) -> dict[str, Tensor | int]:
-    ids = torch.tensor([[token for example in examples for token in example.input_ids]])  # [1, N]
-    return {"input_ids": ids} | packing_inputs([len(example.input_ids) for example in examples])
-
-
-def _labels(examples: Sequence[Example]) -> Tensor | None:
-    labels = [example.label for example in examples]
-    if labels[0] is None:
-        return None
-    return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.long)
+def _labels(labels: Ints | NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64))
 
 
 def micro_batches(
@@ -135,17 +132,22 @@ def micro_batches(
 
     The order inside a global batch does not change its loss, so sorting costs nothing and saves padding.
     """
-    pending: list[Example] = []
-    longest = total = 0
-    for example in sorted(examples, key=lambda each: (-len(each.input_ids), each.row)):
-        length = len(example.input_ids)
-        longest, grown = max(longest, length), total + length
-        cost = longest * (len(pending) + 1) if padded else grown
-        full = len(pending) == rows if rows else cost > token_budget
-        if pending and full:
-            yield pending
-            pending, longest, grown = [], length, length
-        pending.append(example)
-        total = grown
-    if pending:
-        yield pending
+    ordered = sorted(examples, key=lambda each: (-len(each.input_ids), each.row))
+    lengths = [len(each.input_ids) for each in ordered]
+    for part in cuts(lengths, token_budget=token_budget, rows=rows, padded=padded):
+        yield ordered[part]
+
+
+def cuts(lengths: Sequence[int], *, token_budget: int, rows: int | None, padded: bool) -> Iterator[slice]:
+    """The same cut of examples of falling lengths, as slices of them."""
+    start = total = 0
+    for index, length in enumerate(lengths):
+        count = index - start + 1
+        cost = lengths[start] * count if padded else total + length
+        full = count > rows if rows else cost > token_budget
+        if count > 1 and full:
+            yield slice(start, index)
+            start, total = index, 0
+        total += length
+    if len(lengths) > start:
+        yield slice(start, len(lengths))

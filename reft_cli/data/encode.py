@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from reft_cli.data.examples import Example as Example  # what encoding gives, so it may be had from here too
+from reft_cli.data.examples import Examples
 from reft_cli.data.formats import Format
 from reft_cli.data.labels import class_number, find_classes, number
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Template
-from reft_cli.data.tokens import TextTokenizer, text_tokenizer
+from reft_cli.data.tokens import Cut, TextTokenizer, text_tokenizer
 from reft_cli.errors import DataError, Problem, SpecError
 from reft_cli.positions import Positions
 
@@ -25,24 +29,6 @@ if TYPE_CHECKING:
 TaskKind = Literal["causal_lm", "classification", "regression"]
 Overflow = Literal["error", "drop", "truncate_prompt"]
 CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads, small enough to keep offsets off the memory
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row as tokens. The first `prompt_length` are the prompt, what follows is learned; `row` counts from 1."""
-
-    input_ids: list[int]
-    prompt_length: int
-    label: int | float | None
-    prompt: str
-    completion: str
-    row: int
-    token_types: list[int] | None = None
-
-    @property
-    def learned(self) -> int:
-        """Tokens with a loss; the first token of a sequence is predicted from nothing."""
-        return len(self.input_ids) - max(self.prompt_length, 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class Encoded:
     """Examples in the order of the rows; `classes` are the names of the class numbers."""
 
     name: str
-    examples: list[Example]
+    examples: Sequence[Example]
     counts: Counts
     classes: tuple[str, ...] | None = None
 
@@ -110,8 +96,8 @@ def encode_examples(
         known = None
     else:
         labels, known = _labels(rows, fields, kind=task_kind, classes=classes, given=classes_given)
-        examples = _prompts(fields, rows.numbers, text=text, template=template, whole=True, places=_places(rows))
-        examples = [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
+        prompts = _prompts(fields, rows.numbers, text=text, template=template, whole=True, places=_places(rows))
+        examples = Examples.of(replace(prompt, label=label) for prompt, label in zip(prompts, labels, strict=True))
         spanning, differing = [], []
     kept, dropped, cut = fit(
         examples,
@@ -160,14 +146,16 @@ def fit(
     positions: Positions,
     special: tuple[int, int] = (0, 0),
     name: str,
-) -> tuple[list[Example], list[int], list[int]]:
+) -> tuple[Examples, list[int], list[int]]:
     """(examples of at most `max_length` tokens, rows dropped, rows cut); DataError for `on_overflow` error.
 
     A cut leaves the edited tokens of the prompt and the `special` ones before and after it.
     """
-    long = [example for example in examples if len(example.input_ids) > max_length]
+    columns = Examples.of(examples)
+    over = columns.lengths > max_length
+    long = columns.take(np.flatnonzero(over))
     if not long:
-        return list(examples), [], []
+        return columns, [], []
     first, last = max(positions.first, special[0]), max(positions.last, special[1])
     shortened = {example.row: cut_middle(example, max_length=max_length, first=first, last=last) for example in long}
     hopeless = [example for example in long if shortened[example.row] is None]
@@ -175,18 +163,16 @@ def fit(
         raise _too_long(
             long if on_overflow == "error" else hopeless,
             hopeless,
-            read=len(examples),
+            read=len(columns),
             max_length=max_length,
             positions=positions,
             name=name,
         )
-    rows = [example.row for example in long]
     if on_overflow == "drop":
-        kept = [example for example in examples if example.row not in shortened]
-        if not kept:
+        if over.all():
             raise DataError(f"{name}: every row is longer than data.max_length {max_length}; none is left to use")
-        return kept, rows, []
-    return [shortened.get(example.row) or example for example in examples], [], rows
+        return columns.take(np.flatnonzero(~over)), long.rows.tolist(), []
+    return Examples.of(shortened.get(example.row) or example for example in columns), [], long.rows.tolist()
 
 
 def cut_middle(example: Example, *, max_length: int, first: int, last: int) -> Example | None:
@@ -234,28 +220,36 @@ def notice(rows: Sequence[int]) -> Notice:
 
 def _answers(
     rows: Rows, fields: Sequence[Mapping[str, Any]], *, text: TextTokenizer, template: Template, append_eos: bool
-) -> tuple[list[Example], list[int], list[int]]:
+) -> tuple[Examples, list[int], list[int]]:
     """(examples, rows with a token across the boundary, rows whose prompt alone has other tokens)."""
     places = _places(rows)
     prompts = [template.render_prompt(each, where=where) for each, where in zip(fields, places, strict=True)]
     answers = [template.render_completion(each, where=where) for each, where in zip(fields, places, strict=True)]
     prefix = text.prefix if template.special_tokens else []
     end = text.eos_token_id if append_eos else None
-    examples, spanning, differing = [], [], []
-    for start in range(0, len(prompts), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        cuts = text.cut(prompts[chunk], answers[chunk])
-        for cut, prompt, answer, row in zip(cuts, prompts[chunk], answers[chunk], rows.numbers[chunk], strict=True):
+    spanning: list[int] = []
+    differing: list[int] = []
+
+    def examples() -> Iterator[Example]:
+        cuts = _cuts(text, prompts, answers)
+        for cut, prompt, answer, row in zip(cuts, prompts, answers, rows.numbers, strict=True):
             ids = prefix + cut.ids
             ended = end in cut.ids[cut.boundary :] if not template.special_tokens else cut.ids[-1:] == [end]
             if end is not None and not ended:
                 ids.append(end)
-            examples.append(Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row))
             if cut.spans:
                 spanning.append(row)
             elif cut.differs:
                 differing.append(row)
-    return examples, spanning, differing
+            yield Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row)
+
+    return Examples.of(examples()), spanning, differing
+
+
+def _cuts(text: TextTokenizer, prompts: Sequence[str], answers: Sequence[str]) -> Iterator[Cut]:
+    for start in range(0, len(prompts), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        yield from text.cut(prompts[chunk], answers[chunk])
 
 
 def _prompts(
@@ -306,13 +300,13 @@ def _places(rows: Rows) -> list[str]:
     return [rows.where(index) for index in range(len(rows))]
 
 
-def _refuse_empty(examples: Sequence[Example], *, name: str, eos: int | None) -> None:
+def _refuse_empty(examples: Examples, *, name: str, eos: int | None) -> None:
     """DataError if rows have nothing to learn but the end of the sequence."""
-    empty = [
-        example.row
-        for example in examples
-        if example.learned < 1 or (eos is not None and example.input_ids[example.prompt_length :] == [eos])
-    ]
+    nothing = examples.lengths - np.maximum(examples.prompt_lengths, 1) < 1
+    if eos is not None:
+        last = examples.tokens[examples.spans[:, 1] - 1]
+        nothing |= (examples.lengths - examples.prompt_lengths == 1) & (last == eos)
+    empty = examples.rows[nothing].tolist()
     if empty:
         rows = "1 row has" if len(empty) == 1 else f"{len(empty):,} rows have"
         raise DataError(

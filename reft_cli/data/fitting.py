@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 
-from reft_cli.data.encode import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import DataError
 from reft_cli.models.context import longest_sequence
 
@@ -17,12 +18,11 @@ def check_fits(examples: Sequence[Example], model: nn.Module, *, name: str, new_
     if limit is None or not examples:
         return
 
-    def needed(example: Example) -> int:
-        return max(len(example.input_ids), example.prompt_length + new_tokens)
-
-    worst = max(examples, key=needed)
-    if needed(worst) <= limit:
+    columns = Examples.of(examples)
+    needed = np.maximum(columns.lengths, columns.prompt_lengths + new_tokens)
+    if needed.max() <= limit:
         return
+    worst = columns[int(needed.argmax())]
     tokens = len(worst.input_ids)
     if tokens > limit:
         takes, remedy = f"takes {tokens:,} tokens", f"shorten it, or set data.max_length: {limit} and data.on_overflow"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from reft_cli.data.encode import Counts, Encoded, Example, Notice, notice
+import numpy as np
+
+from reft_cli.data.encode import Counts, Encoded, Notice, notice
+from reft_cli.data.examples import Example, Examples, Ints
 from reft_cli.positions import PositionGroup, Positions
 
 if TYPE_CHECKING:
@@ -81,19 +83,21 @@ class Token:
 
 def report(encoded: Encoded, *, positions: Positions) -> DataReport:
     """Count an encoded set."""
-    examples, need = encoded.examples, positions.shortest_whole_prompt
-    labels = Counter(example.label for example in examples)
+    examples, need = Examples.of(encoded.examples), positions.shortest_whole_prompt
+    counts = [0] * len(encoded.classes or ())
+    if encoded.classes and examples.labels is not None:
+        counts = np.bincount(examples.labels.astype(np.int64), minlength=len(encoded.classes)).tolist()
     return DataReport(
         name=encoded.name,
         counts=encoded.counts,
-        prompt=_lengths([example.prompt_length for example in examples]),
-        answer=_lengths([len(example.input_ids) - example.prompt_length for example in examples]),
-        total=_lengths([len(example.input_ids) for example in examples]),
-        tokens=sum(len(example.input_ids) for example in examples),
+        prompt=_lengths(examples.prompt_lengths),
+        answer=_lengths(examples.lengths - examples.prompt_lengths),
+        total=_lengths(examples.lengths),
+        tokens=int(examples.lengths.sum()),
         positions=str(positions),
         whole_prompt=need,
-        short=notice([example.row for example in examples if example.prompt_length < need]),
-        labels={name: labels[index] for index, name in enumerate(encoded.classes or ())},
+        short=notice(examples.rows[examples.prompt_lengths < need].tolist()),
+        labels=dict(zip(encoded.classes or (), counts, strict=True)),
     )
 
 
@@ -122,9 +126,9 @@ def _texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return texts
 
 
-def _lengths(values: Sequence[int]) -> Lengths:
+def _lengths(values: Ints) -> Lengths:
     """Nearest-rank percentiles."""
-    ordered = sorted(values)
+    ordered = np.sort(values).tolist()
     return Lengths(*(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95, 1)))
 
 

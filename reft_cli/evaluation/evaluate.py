@@ -61,6 +61,7 @@ class Evaluator:
         DataError: one is longer than the model has positions for.
         """
         check_fits(examples, model.base_model, name="row", new_tokens=self.new_tokens)
+        examples = list(examples)  # columns would make each anew, and what is found of one is kept by its identity
         tell = on_progress or (lambda done, total: None)
         if self.kind == "causal_lm":
             return self._causal(model, examples, prompts, edited, tell)

@@ -17,7 +17,7 @@ STEEP = 0.25  # of a token's gradient: the same, through a whole model and back
 def packing_inputs(lengths: list[int], device: torch.device | None = None) -> dict[str, Tensor | int]:
     """What a packed row carries besides its ids: positions that restart, and the sequences' boundaries."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    positions = torch.tensor([[position for length in lengths for position in range(length)]])
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]  # [1, N]
     longest = max(lengths)
     return {
         "position_ids": positions.to(device),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
-from reft_cli.data.encode import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.models.blocks import hidden_size
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
@@ -55,12 +55,13 @@ def estimate(
     checkpointing: bool,
 ) -> Estimate:
     """What `steps` steps take; the largest micro-batch is the one of the longest rows."""
-    longest = sorted(examples, key=lambda each: -len(each.input_ids))[:global_batch_size]
+    columns = Examples.of(examples)
+    longest = columns.longest_first()[:global_batch_size]
     first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=layout == "padded"))
     batch = build_batch(first, groups=groups, layout=layout, pad_token_id=pad_token_id)
     lengths = [len(each.input_ids) for each in first]
     tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
-    seen = tokens_of(examples, global_batch_size=global_batch_size, steps=steps)
+    seen = tokens_of(columns, global_batch_size=global_batch_size, steps=steps)
     for_each_token = model.operations_a_token()
     seconds = measured = None
     if model.device.type != "cpu" or for_each_token * tokens < QUICK:
@@ -80,7 +81,7 @@ def estimate(
 
 def tokens_of(examples: Sequence[Example], *, global_batch_size: int, steps: int) -> int:
     """Tokens of a whole run."""
-    mean = sum(len(each.input_ids) for each in examples) / len(examples)
+    mean = float(Examples.of(examples).lengths.mean())
     return round(mean * min(global_batch_size, len(examples)) * steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,7 @@ def evaluate(
 
 
 def _score(
-    session: Session, examples: list[Example], evaluator: Evaluator, *, base: Base, observer: Observer
+    session: Session, examples: Sequence[Example], evaluator: Evaluator, *, base: Base, observer: Observer
 ) -> dict[str, Evaluation]:
     """The evaluations that `base` asks for, by the names run and base."""
     passes = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}[base]

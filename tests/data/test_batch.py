@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reft_cli.data.batch import build_batch, micro_batches
-from reft_cli.data.encode import Example
+from reft_cli.data.batch import Layout, build_batch, micro_batches
+from reft_cli.data.examples import Example, Examples
 from reft_cli.models.build import build_intervened
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import TASKS
@@ -40,6 +42,50 @@ def test_packed_rows_and_targets():
     assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 7, 11]
     assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 7]
     assert batch.answer_rows.tolist() == [4, 5, 7, 8, 9]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=8),
+    text=st.sampled_from(["f3+l3", "f1", "l7", "all", "prompt", "generated"]),
+    tied=st.booleans(),
+    packed=st.booleans(),
+    label=st.sampled_from([None, 1, 0.5]),
+    typed=st.booleans(),
+)
+def test_a_batch_is_what_a_plain_loop_makes(
+    sizes: list[tuple[int, int]], text: str, tied: bool, packed: bool, label: int | float | None, typed: bool
+):
+    examples = [example(*size, row=row, label=label) for row, size in enumerate(sizes, start=1)]
+    if typed:
+        examples = [replace(each, token_types=[token % 2 for token in each.input_ids]) for each in examples]
+    groups = Positions.parse(text).groups(tied=tied)
+    layout: Layout = "packed" if packed else "padded"
+    lengths = [len(each.input_ids) for each in examples]
+    width = max(lengths)
+    starts = [sum(lengths[:at]) if packed else at * width for at in range(len(examples))]
+    for given_ones in (examples, Examples.of(examples[::-1])[::-1]):
+        batch = build_batch(given_ones, groups=groups, layout=layout, pad_token_id=1)
+        if packed:
+            assert batch.inputs["input_ids"].tolist() == [[token for each in examples for token in each.input_ids]]
+        else:
+            short = [width - length for length in lengths]
+            padded = [each.input_ids + [1] * gap for each, gap in zip(examples, short, strict=True)]
+            assert batch.inputs["input_ids"].tolist() == padded
+            if typed:
+                types = [(each.token_types or []) + [0] * gap for each, gap in zip(examples, short, strict=True)]
+                assert batch.inputs["token_type_ids"].tolist() == types
+        placed = list(zip(starts, examples, strict=True))
+        for group in groups:
+            assert batch.rows[group.name].tolist() == [
+                start + token
+                for start, each in placed
+                for token in group.indices(each.prompt_length, len(each.input_ids))
+            ]
+        assert batch.answer_rows.tolist() == [
+            start + token for start, each in placed for token in range(each.prompt_length - 1, len(each.input_ids) - 1)
+        ]
+        assert batch.targets.tolist() == [token for each in examples for token in each.input_ids[each.prompt_length :]]
+        assert batch.labels is None if label is None else batch.labels.tolist() == [label] * len(examples)
 
 
 @pytest.mark.parametrize("family", [each for each in DECODERS if each != "gemma2"])  # see models/test_packing.py
