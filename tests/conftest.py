@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models threads only wait for each other
 
+os.environ["REFT_CACHE"] = "off"  # tests of the cache name a folder of their own
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 

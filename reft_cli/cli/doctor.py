@@ -13,8 +13,8 @@ from reft_cli.environment import versions
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Print versions and devices, for bug reports."""
-    found = {"versions": versions(), "machine": _machine(), "torch": _torch(), "hub": _hub()}
+    """Print versions, devices and caches, for bug reports."""
+    found = {"versions": versions(), "machine": _machine(), "torch": _torch(), "hub": _hub(), "cache": _cache()}
     if as_json:
         console.result_json(found)
         return
@@ -77,6 +77,17 @@ def _hub() -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(existing).free,
         "offline": constants.is_offline_mode(),
         "token": get_token() is not None,
+    }
+
+
+def _cache() -> dict[str, Any]:
+    from reft_cli.data.cache import LIMIT, cache_folder, cache_size
+
+    folder = cache_folder()
+    return {
+        "folder": str(folder) if folder else None,
+        "size_bytes": cache_size() if folder else 0,
+        "limit_bytes": LIMIT,
     }
 
 

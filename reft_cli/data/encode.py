@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import tokenizers
 
+from reft_cli import __version__
 from reft_cli.data.examples import Example as Example  # what encoding gives, so it may be had from here too
 from reft_cli.data.examples import Examples
 from reft_cli.data.formats import Format
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 TaskKind = Literal["causal_lm", "classification", "regression"]
 Overflow = Literal["error", "drop", "truncate_prompt"]
+VERSION = 1  # raise it whenever the same rows would give other examples, because of a change anywhere in reft_cli.data
 CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads, small enough to keep offsets off the memory
 
 
@@ -201,12 +205,18 @@ def fingerprint(
     data_format: Format,
     settings: Mapping[str, Any],
 ) -> str:
-    """SHA-256 of everything that examples depend on; `settings` are the other arguments of `encode_examples`."""
+    """SHA-256 of everything that examples depend on; `settings` are the other arguments of `encode_examples`.
+
+    The first row as rendered is part of it: a chat template may write today's date. DataError: it cannot be rendered.
+    """
+    first, place = data_format.fields_of(rows.rows[0], where=rows.where(0)), rows.where(0)
     parts = {
-        "version": 1,
+        "version": (VERSION, __version__, tokenizers.__version__),
         "rows": rows.fingerprint,
+        "numbers": hashlib.sha256(array("q", rows.numbers).tobytes()).hexdigest(),
         "tokenizer": text_tokenizer(tokenizer).fingerprint,
         "template": template.to_dict(),
+        "rendered": (template.render_prompt(first, where=place), template.render_completion(first, where=place)),
         "format": data_format.to_dict(),
         "settings": dict(settings),
     }

@@ -58,7 +58,9 @@ class TextTokenizer:
             )
         self.tokenizer = tokenizer
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        content = tokenizer.backend_tokenizer.to_str()
+        self._content = hashlib.sha256(content.encode()).hexdigest()
+        self._backend = Tokenizer.from_str(content)
         self._backend.post_processor = None
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -99,10 +101,10 @@ class TextTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that ids depend on."""
-        digest = hashlib.sha256(self._backend.to_str().encode())
-        digest.update(repr((self.prefix, self.suffix, self.eos_token_id)).encode())
-        return digest.hexdigest()
+        """SHA-256 of everything that ids depend on, the special tokens of pairs included."""
+        kind, given = type(self.tokenizer).__name__, self.tokenizer
+        settings = (kind, given.split_special_tokens, given.model_input_names, self.prefix, self.suffix)
+        return hashlib.sha256(repr((self._content, settings, self.eos_token_id)).encode()).hexdigest()
 
     def _separates_pairs(self) -> bool:
         joined = self.tokenizer(PROBES[0], PROBES[1], verbose=False)["input_ids"]

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ def evaluate(
         run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
     ) as session:
         rows = _rows(session, data, split, limit)
-        encoded = session.text.encode(rows)
+        encoded = session.text.encode(rows, tell=partial(observer.on_message, "debug"))
         overrides = (generation or {}) | {"batch_size": batch_size}
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
         metric = session.checkpoint.manifest.text.metric

@@ -12,7 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from reft_cli.checkpoint import TextIdentity
-from reft_cli.data.encode import Encoded, Example, Overflow, TaskKind, encode_examples, encode_prompts
+from reft_cli.data.cache import Tell, cached, silent
+from reft_cli.data.encode import Encoded, Overflow, TaskKind, encode_examples, encode_prompts, fingerprint
+from reft_cli.data.examples import Example
 from reft_cli.data.formats import Format, choose_format, format_from_dict
 from reft_cli.data.records import Rows, Source, read_rows, split_off
 from reft_cli.data.templates import Template, choose_template, template_from_dict
@@ -39,21 +41,40 @@ class TextSide:
     labels: tuple[str, ...] | None
     labels_given: bool
 
-    def encode(self, rows: Rows) -> Encoded:
-        """Rows with answers or labels, as examples."""
-        return encode_examples(
+    def encode(self, rows: Rows, *, tell: Tell = silent) -> Encoded:
+        """Rows with answers or labels as examples, kept ones if there are any; `tell` hears what the cache did."""
+
+        def make() -> Encoded:
+            return encode_examples(
+                rows,
+                tokenizer=self.tokenizer,
+                data_format=self.data_format,
+                template=self.template,
+                task_kind=self.kind,
+                positions=self.positions,
+                max_length=self.max_length,
+                on_overflow=self.on_overflow,
+                append_eos=self.append_eos,
+                classes=self.labels,
+                classes_given=self.labels_given,
+            )
+
+        key = fingerprint(
             rows,
             tokenizer=self.tokenizer,
-            data_format=self.data_format,
             template=self.template,
-            task_kind=self.kind,
-            positions=self.positions,
-            max_length=self.max_length,
-            on_overflow=self.on_overflow,
-            append_eos=self.append_eos,
-            classes=self.labels,
-            classes_given=self.labels_given,
+            data_format=self.data_format,
+            settings={
+                "task_kind": self.kind,
+                "positions": self.positions,
+                "max_length": self.max_length,
+                "on_overflow": self.on_overflow,
+                "append_eos": self.append_eos,
+                "classes": self.labels,
+                "classes_given": self.labels_given,
+            },
         )
+        return cached(rows.name, key=key, make=make, tell=tell)
 
     def prompts(self, fields: Sequence[Mapping[str, Any]], *, places: Sequence[str] | None = None) -> list[Example]:
         """Rows without answers, as examples."""
@@ -161,19 +182,19 @@ class TrainingData:
     fingerprints: dict[str, str]
 
 
-def load_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Read and encode the training and validation rows of a spec."""
+def load_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase, *, tell: Tell = silent) -> TrainingData:
+    """Read and encode the training and validation rows of a spec; `tell` hears what the cache did."""
     rows, held_out = read_rows(source_of(spec.data, "train")), None
     if isinstance(spec.data.validation, float):
         rows, held_out = split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
     elif spec.data.validation is not None:
         held_out = read_rows(source_of(spec.data, "validation"))
     text = choose_text_side(spec, rows, tokenizer)
-    train = text.encode(rows)
+    train = text.encode(rows, tell=tell)
     text = replace(text, labels=train.classes)
     if held_out is not None and spec.evaluation.limit:
         held_out = held_out.take(range(min(spec.evaluation.limit, len(held_out))))
-    validation = None if held_out is None else text.encode(held_out)
+    validation = None if held_out is None else text.encode(held_out, tell=tell)
     fingerprints = {"train": rows.fingerprint}
     if held_out is not None:
         fingerprints["validation"] = held_out.fingerprint

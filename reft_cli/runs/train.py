@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,7 +99,7 @@ def train(
     _check_trackers(spec)
     _set_determinism(spec.train.deterministic)
     tokenizer = load_tokenizer(base_source(spec.model))
-    data = load_training_data(spec, tokenizer)
+    data = load_training_data(spec, tokenizer, tell=partial(observer.on_message, "debug"))
     base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
     check_lengths(base, data, spec)
     model = build_from_spec(base, spec)

@@ -6,7 +6,7 @@ import torch
 def test_the_facts_as_json(reft):
     found = reft("doctor", "--json").json
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found) == {"versions", "machine", "torch", "hub"}
+    assert set(found) == {"versions", "machine", "torch", "hub", "cache"}
     assert found["torch"]["devices"] == [] or found["torch"]["cuda"]
 
 
@@ -23,6 +23,25 @@ def test_a_token_is_present_and_not_shown(reft, monkeypatch):
     done = reft("doctor", "--json")
     assert done.json["hub"]["token"] is True
     assert "secret" not in done.out + done.err
+
+
+def test_the_cache_is_shown_with_its_size(reft, monkeypatch, tmp_path):
+    monkeypatch.setenv("REFT_CACHE", str(tmp_path))
+    (tmp_path / "encoded").mkdir()
+    (tmp_path / "encoded" / "a.safetensors").write_bytes(bytes(300 << 20))
+    assert reft("doctor", "--json").json["cache"] == {
+        "folder": str(tmp_path),
+        "size_bytes": 300 << 20,
+        "limit_bytes": 4 << 30,
+    }
+    lines = [line.split() for line in reft("doctor").out.splitlines() if line.startswith("cache")]
+    assert lines == [
+        ["cache", "folder", str(tmp_path)],
+        ["cache", "size", "0.3", "GiB"],
+        ["cache", "limit", "4.0", "GiB"],
+    ]
+    monkeypatch.setenv("REFT_CACHE", "off")
+    assert "cache folder" in (out := reft("doctor").out) and "none" in out
 
 
 def test_a_graphics_card_is_described(reft, monkeypatch):

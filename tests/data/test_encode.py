@@ -1,5 +1,7 @@
 """Rows to examples: ids, ends, labels, what happens to long rows, and the errors."""
 
+import copy
+import datetime
 import time
 
 import pytest
@@ -333,9 +335,31 @@ def test_the_fingerprint_changes_with_everything_that_examples_depend_on():
         fingerprint(numbered(rows), **base | {"settings": {"max_length": 256}}),
         fingerprint(numbered(rows), **base | {"tokenizer": unigram()}),
         fingerprint(numbered(rows), **base | {"template": prepared(rows, template="chat")["template"]}),
+        fingerprint(Rows("train.jsonl", rows, [7]), **base),
     }
-    assert len(prints) == 5
+    assert len(prints) == 6
     assert fingerprint(numbered(rows, name="other.json"), **base) in prints
+
+
+def test_a_template_that_writes_the_date_has_a_fingerprint_of_its_day(monkeypatch):
+    rows = asked(("a", " b"))
+    tokenizer = copy.deepcopy(byte_level(chat=True))
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b') }} {% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    plan = prepared(rows, template="chat", tokenizer=tokenizer)
+    del plan["task_kind"]
+    prints = set()
+    for day in (1, 2, 2):
+
+        class Today(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return cls(2026, 1, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)
+        prints.add(fingerprint(numbered(rows), settings={}, **plan))
+    assert len(prints) == 2
 
 
 def test_ten_thousand_rows_take_seconds():
