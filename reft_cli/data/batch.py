@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens of the longest, N rows of h.view(-1, D) (B*T padde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,10 +40,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies overlap with computation where the memory is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU can read by itself."""
+        return self._each(Tensor.pin_memory)
 
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
             inputs={name: move(each) if isinstance(each, Tensor) else each for name, each in self.inputs.items()},

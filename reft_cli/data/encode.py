@@ -312,7 +312,7 @@ def _places(rows: Rows) -> list[str]:
 
 def _refuse_empty(examples: Examples, *, name: str, eos: int | None) -> None:
     """DataError if rows have nothing to learn but the end of the sequence."""
-    nothing = examples.lengths - np.maximum(examples.prompt_lengths, 1) < 1
+    nothing = examples.learned < 1
     if eos is not None:
         last = examples.tokens[examples.spans[:, 1] - 1]
         nothing |= (examples.lengths - examples.prompt_lengths == 1) & (last == eos)

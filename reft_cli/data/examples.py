@@ -101,6 +101,12 @@ class Examples(Sequence[Example]):
         found: Ints = self.spans[:, 1] - self.spans[:, 0]
         return found
 
+    @property
+    def learned(self) -> Ints:
+        """Tokens with a loss of each example, [E]."""
+        found: Ints = self.lengths - np.maximum(self.prompt_lengths, 1)
+        return found
+
     def __len__(self) -> int:
         return len(self.rows)
 

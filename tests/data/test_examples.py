@@ -33,6 +33,7 @@ def test_columns_give_back_each_example(given_ones, random):
     assert columns.take(order) == [given_ones[index] for index in order]
     assert Examples.from_columns(columns.columns()) == given_ones
     assert columns.lengths.tolist() == [len(each.input_ids) for each in given_ones]
+    assert columns.learned.tolist() == [each.learned for each in given_ones]
     assert columns.longest_first() == sorted(given_ones, key=lambda each: (-len(each.input_ids), each.row))
 
 
