@@ -1,14 +1,23 @@
 #!/usr/bin/env python3
-"""Seconds a training step and peak memory: ours, pyreft, PEFT's LoRA and the frozen model, in turn on one machine.
+"""Seconds a training step and peak memory of ours and its peers, in turn on one machine, each in its own environment.
 
-    train.py --shape 1b [--mix commonsense|alpaca] [--sides reft pyreft lora frozen] [--steps 20]
-             [--peer-python PYTHON] [--peer-path FOLDER] [--output RESULTS.json]
+    train.py --shape 1b [--mix commonsense|alpaca] [--positions f7+l7] [--layers all|3;9;18;24] [--rank 8]
+             [--sides reft pyreft adapters lora frozen] [--steps 20] [--warmup 6] [--timeout SECONDS]
+             [--peer-python PYTHON | --peer-path FOLDER] [--adapters-python …] [--adapters-path …] [--lora-python …]
+             [--output RESULTS.json] [--markdown TABLE.md]
 
-Every side runs in a process of its own on the same random-weight Llama and the same drawn rows: f7+l7 tied, rank 8, all
-layers, 32 rows a step; LoRA has rank 8 on q and v. Medians are over `--steps` steps after `--warmup`; each step ends
-with a wait for the device. `frozen` is a forward and backward pass of the frozen model alone, padded as the peers pad,
-with labels as they pass them; `floor` is 4 operations for each weight outside the embedding and each real token at
-`--flops` a second. pyreft runs under --peer-python, or with --peer-path before everything else on its path.
+Every side runs in a process of its own on the same random-weight Llama and the same drawn rows, 32 a step, with one set
+of weights for first and last positions. A side that fails is a line of the table and ends nothing.
+
+    reft      our loop's own step
+    pyreft    LoReFT by its model and locations
+    adapters  LoReFT by AdapterHub's model; its last positions are those of the whole row, answer included
+    lora      PEFT's LoRA of the same rank on q and v of the same layers
+    frozen    the model alone forward, and backward to its embeddings, padded and with labels as the peers pass them
+
+Medians are over `--steps` steps after `--warmup`; each ends with a wait for the device. Memory is the device's peak in
+those steps, and the process's own since its start. The floor is the arithmetic alone at `--flops` a second: for each
+real token 2 operations for each weight of every block, and 2 more in blocks from the lowest edited one up.
 """
 
 from __future__ import annotations
@@ -17,12 +26,16 @@ import argparse
 import json
 import os
 import random
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +48,36 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "8b": (4096, 14336, 32, 32, 8, 128256, False),  # Llama-3-8B
 }
 MIXES = {"commonsense": ((40, 199), (2, 11)), "alpaca": ((60, 400), (20, 400))}  # tokens of prompt and answer
-ROWS, FIRST, LAST, RANK = 32, 7, 7, 8
+ROWS = 32
+PEERS = {"pyreft": "peer", "adapters": "adapters", "lora": "lora"}  # sides that may have an environment: their flags
+SHOWN = ("torch", "transformers", "reft", "pyreft", "pyvene", "adapters", "peft")  # versions in the table
 Row = tuple[list[int], int]  # tokens, prompt length
+Step = Callable[[list[Row]], float]  # one optimizer step on a global batch; its loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every side is asked to train."""
+
+    shape: str
+    mix: str
+    device: str
+    positions: str
+    layers: str
+    rank: int
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """(first, last) positions."""
+        match = re.fullmatch(r"f(\d+)\+l(\d+)", self.positions)
+        if match is None:
+            raise ValueError(f"positions {self.positions}: the peers know f7+l7 and the like")
+        return int(match[1]), int(match[2])
+
+    @property
+    def chosen(self) -> list[int]:
+        """Numbers of the edited layers."""
+        return list(range(SHAPES[self.shape][2])) if self.layers == "all" else [int(n) for n in self.layers.split(";")]
 
 
 def draw(mix: str, vocabulary: int, batches: int) -> list[list[Row]]:
@@ -51,11 +92,11 @@ def draw(mix: str, vocabulary: int, batches: int) -> list[list[Row]]:
     return [[row() for _ in range(ROWS)] for _ in range(batches)]
 
 
-def random_llama(shape: str, device: str) -> Any:
+def random_llama(plan: Plan) -> Any:
     """The shape with random weights, bfloat16 on a GPU, frozen."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[plan.shape]
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -67,8 +108,8 @@ def random_llama(shape: str, device: str) -> Any:
         max_position_embeddings=2048,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
-    with torch.device(device):
+    torch.set_default_dtype(torch.bfloat16 if plan.device == "cuda" else torch.float32)
+    with torch.device(plan.device):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False)
@@ -90,7 +131,7 @@ VARIANT = os.environ.get("VARIANT", "")
 BUDGET = int(os.environ.get("BUDGET", "32768"))
 
 
-def side_reft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]:
+def side_reft(plan: Plan) -> Step:
     """Our loop's own optimizer step."""
     from accelerate import Accelerator
 
@@ -103,13 +144,13 @@ def side_reft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]
     from reft_cli.training.loop import Hooks, Trainer, TrainSettings
     from reft_cli.training.observer import NullObserver
 
-    model = random_llama(shape, device)
-    base = BaseModel(model.eval(), shape, None, shape_hash(model))
-    positions = Positions.parse(f"f{FIRST}+l{LAST}")
+    model = random_llama(plan)
+    base = BaseModel(model.eval(), plan.shape, None, shape_hash(model))
+    positions = Positions.parse(plan.positions)
     reason = why_not_packed(model)
     intervened = build_intervened(
-        base, method="loreft", layers="all", component="block_output", positions=positions, tied=True, rank=RANK,
-        init="paper", dropout=0.0, dropout_on="delta", seed=0,
+        base, method="loreft", layers=plan.chosen, component="block_output", positions=positions, tied=True,
+        rank=plan.rank, init="paper", dropout=0.0, dropout_on="delta", seed=0,
     )  # fmt: skip
     settings = TrainSettings(
         epochs=1000, max_steps=None, learning_rate=9e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
@@ -137,33 +178,37 @@ def side_reft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]
     return step
 
 
-def side_pyreft(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]:
+def side_pyreft(plan: Plan) -> Step:
     """pyreft's trainer's compute_loss with its own model, interventions and locations; AdamW over them."""
     import pyreft
 
-    model = random_llama(shape, device)
-    layers, hidden = SHAPES[shape][2], SHAPES[shape][0]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = random_llama(plan)
+    hidden, (first, last) = SHAPES[plan.shape][0], plan.ends
+    dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
     representations = [
         {
             "layer": layer,
             "component": "block_output",
-            "low_rank_dimension": RANK,
-            "intervention": pyreft.LoreftIntervention(embed_dim=hidden, low_rank_dimension=RANK, dtype=dtype),
+            "low_rank_dimension": plan.rank,
+            "intervention": pyreft.LoreftIntervention(embed_dim=hidden, low_rank_dimension=plan.rank, dtype=dtype),
         }
-        for layer in range(layers)
+        for layer in plan.chosen
     ]
     reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations), set_device=False)
-    reft.set_device(device)
+    reft.set_device(plan.device)
     reft.train()
     optimizer = torch.optim.AdamW([p for p in reft.parameters() if p.requires_grad], lr=9e-4, weight_decay=0.0)
 
     def step(rows: list[Row]) -> float:
-        batch = padded([([0, *tokens], prompt + 1) for tokens, prompt in rows], device)  # pyreft's sink token
+        batch = padded([([0, *tokens], prompt + 1) for tokens, prompt in rows], plan.device)  # pyreft's sink token
         batch["attention_mask"][:, 0] = 0
         locations = [
             pyreft.get_intervention_locations(
-                last_position=prompt, first_n=FIRST, last_n=LAST, num_interventions=layers, share_weights=True
+                last_position=prompt,
+                first_n=first,
+                last_n=last,
+                num_interventions=len(plan.chosen),
+                share_weights=True,
             )
             for _, prompt in rows
         ]
@@ -183,19 +228,41 @@ def side_pyreft(shape: str, device: str, mix: str) -> Callable[[list[Row]], floa
     return step
 
 
-def side_lora(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]:
-    """PEFT's LoRA, rank 8 on q and v; AdamW over it."""
+def side_adapters(plan: Plan) -> Step:
+    """AdapterHub's LoReFT; its float32 edits of a bfloat16 model need autocast."""
+    import adapters
+
+    model, (first, last) = random_llama(plan), plan.ends
+    adapters.init(model)
+    config = adapters.LoReftConfig(
+        layers=plan.chosen, prefix_positions=first, suffix_positions=last, r=plan.rank, tied_weights=True, dropout=0.0
+    )
+    model.add_adapter("reft", config=config)
+    model.train_adapter("reft")
+    model.to(plan.device)
+    return trained(model, plan)
+
+
+def side_lora(plan: Plan) -> Step:
+    """PEFT's LoRA on q and v."""
     import peft
 
-    model = peft.get_peft_model(
-        random_llama(shape, device), peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=plan.rank, target_modules=["q_proj", "v_proj"], layers_to_transform=plan.chosen, task_type="CAUSAL_LM"
     )
+    return trained(peft.get_peft_model(random_llama(plan), config), plan, autocast=False)
+
+
+def trained(model: Any, plan: Plan, *, autocast: bool = True) -> Step:
+    """The plain training step of a model that takes labels: AdamW over what needs a gradient, clipped at 1."""
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=9e-4, weight_decay=0.0)
+    mixed = autocast and plan.device == "cuda"
 
     def step(rows: list[Row]) -> float:
-        output = model(**padded(rows, device), use_cache=False)
+        with torch.autocast(plan.device, dtype=torch.bfloat16, enabled=mixed):
+            output = model(**padded(rows, plan.device), use_cache=False)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -205,12 +272,12 @@ def side_lora(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]
     return step
 
 
-def side_frozen(shape: str, device: str, mix: str) -> Callable[[list[Row]], float]:
+def side_frozen(plan: Plan) -> Step:
     """The frozen model forward and backward to its embeddings, and nothing else."""
-    model = random_llama(shape, device).train()
+    model = random_llama(plan).train()
 
     def step(rows: list[Row]) -> float:
-        batch = padded(rows, device)
+        batch = padded(rows, plan.device)
         embedded = model.get_input_embeddings()(batch.pop("input_ids")).requires_grad_(True)
         output = model(inputs_embeds=embedded, use_cache=False, **batch)
         output.loss.backward()
@@ -219,98 +286,175 @@ def side_frozen(shape: str, device: str, mix: str) -> Callable[[list[Row]], floa
     return step
 
 
-SIDES = {"reft": side_reft, "pyreft": side_pyreft, "lora": side_lora, "frozen": side_frozen}
+SIDES = {
+    "reft": side_reft,
+    "pyreft": side_pyreft,
+    "adapters": side_adapters,
+    "lora": side_lora,
+    "frozen": side_frozen,
+}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(plan: Plan, side: str, *, steps: int, warmup: int) -> dict[str, Any]:
     """One side, in this process."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batches = draw(args.mix, SHAPES[args.shape][5], 4)
-    step = SIDES[args.side](args.shape, device, args.mix)
+    batches = draw(plan.mix, SHAPES[plan.shape][5], 4)
+    step = SIDES[side](plan)
+    gpu = plan.device == "cuda"
     times, loss = [], 0.0
-    for index in range(args.warmup + args.steps):
-        if index == args.warmup and device == "cuda":
+    for index in range(warmup + steps):
+        if index == warmup and gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         loss = step(batches[index % len(batches)])  # reading the loss waits for the device
-        if device == "cuda":
+        if gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    import transformers
-
     return {
-        "side": args.side,
-        "seconds": round(statistics.median(times[args.warmup :]), 5),
-        "slowest": round(max(times[args.warmup :]), 5),
+        "side": side,
+        "seconds": round(statistics.median(times[warmup:]), 5),
+        "fastest": round(min(times[warmup:]), 5),
+        "slowest": round(max(times[warmup:]), 5),
         "first": round(times[0], 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if gpu else None,
+        "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "loss": round(loss, 4),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "versions": versions(),
     }
 
 
-def floor(args: argparse.Namespace) -> float:
-    """Seconds that the arithmetic alone takes: 4 operations a weight outside the embedding and a real token."""
-    hidden, inner, layers, heads, kv_heads, vocabulary, _ = SHAPES[args.shape]
+def versions() -> dict[str, str]:
+    """Of Python and every package that this process has imported."""
+    owners = packages_distributions()
+    used = {owner for name in list(sys.modules) for owner in owners.get(name.partition(".")[0], ())}
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in sorted(used)}
+
+
+def tokens_of(plan: Plan) -> float:
+    """Real tokens of a step, in the mean."""
+    batches = draw(plan.mix, SHAPES[plan.shape][5], 4)
+    return statistics.mean(sum(len(tokens) for tokens, _ in rows) for rows in batches)
+
+
+def floor(plan: Plan, flops: float) -> float:
+    """Seconds that the arithmetic alone takes; the docstring above says what is counted."""
+    hidden, inner, layers, heads, kv_heads, _, _ = SHAPES[plan.shape]
     block = 2 * hidden * hidden + 2 * hidden * hidden * kv_heads // heads + 3 * hidden * inner
-    batches = draw(args.mix, vocabulary, 4)
-    tokens = statistics.mean(sum(len(tokens) for tokens, _ in rows) for rows in batches)
-    return 4 * block * layers * tokens / args.flops
+    return 2 * block * (2 * layers - min(plan.chosen)) * tokens_of(plan) / flops
 
 
-def run_sides(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side in a process of its own, one after the other."""
-    found = []
+def run_side(side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One side in a process of its own; {side, error, stderr} if it fails."""
+    flags = PEERS.get(side, "")
+    python = getattr(args, f"{flags}_python", None) or sys.executable
+    path = getattr(args, f"{flags}_path", None)
+    environment = dict(os.environ) | ({"PYTHONPATH": path} if path else {})
+    command = [python, __file__, "--side", side]
+    for name in ("shape", "mix", "positions", "layers", "rank", "steps", "warmup"):
+        command += [f"--{name}", str(getattr(args, name))]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=args.timeout
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"side": side, "error": str(error).replace(str(command), side), "stderr": []}
+    if done.returncode == 0:
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return result
+    said = done.stderr.strip().splitlines()
+    return {"side": side, "error": (said or [f"exit code {done.returncode}"])[-1], "stderr": said[-30:]}
+
+
+def run_sides(args: argparse.Namespace) -> dict[str, Any]:
+    """Every side, one after the other, and what they were measured on."""
+    from reft_cli.environment import git_state
+
+    gpu = torch.cuda.is_available()
+    plan = plan_of(args)
+    asked = {name: getattr(args, name) for name in ("shape", "mix", "positions", "layers", "rank", "steps", "warmup")}
+    found: dict[str, Any] = asked | {
+        "rows": ROWS,
+        "tokens": tokens_of(plan),
+        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "floor": round(floor(plan, args.flops), 5) if gpu else None,
+        "commit": git_state(Path(__file__).parent),
+        "sides": [],
+    }
     for side in args.sides:
-        peer = side == "pyreft"
-        python = args.peer_python if peer and args.peer_python else sys.executable
-        environment = dict(os.environ)
-        if peer and args.peer_path:
-            environment["PYTHONPATH"] = args.peer_path
-        command = [python, __file__, "--side", side, "--shape", args.shape, "--mix", args.mix]
-        command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        last = done.stdout.strip().splitlines()[-1:] or [""]
-        failed = {"side": side, "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-        found.append(json.loads(last[0]) if done.returncode == 0 else failed)
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        found["sides"].append(run_side(side, args))
+        print(json.dumps(found["sides"][-1] | {"versions": None}), file=sys.stderr, flush=True)
     return found
 
 
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown; `times` is how many of our steps one of that side takes."""
+    ours = next((each["seconds"] for each in found["sides"] if each["side"] == "reft" and "error" not in each), None)
+    commit = found["commit"] or {"commit": "unknown", "dirty": False}
+    lines = [
+        f"{found['shape']} shape, {found['mix']} rows ({found['rows']} a step, {found['tokens']:,.0f} tokens), "
+        f"{found['positions']} tied, rank {found['rank']}, layers {found['layers']}; {found['device']}; "
+        f"{found['steps']} steps after {found['warmup']}; commit {commit['commit'][:8]}"
+        f"{' and changes' if commit['dirty'] else ''}.",
+        "",
+        "| side | seconds a step | times | tokens/s | peak GiB | process GiB | loss | versions |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    if found["floor"]:
+        times = f"{found['floor'] / ours:.2f}" if ours else "–"
+        lines.append(
+            f"| arithmetic floor | {found['floor']:.4f} | {times} | {found['tokens'] / found['floor']:,.0f} | | | | |"
+        )
+    for each in found["sides"]:
+        if "error" in each:
+            text = each["error"].replace("|", "/")
+            lines.append(f"| {each['side']} | failed | | | | | | {text} |")
+            continue
+        times = f"{each['seconds'] / ours:.2f}" if ours else "–"
+        memory = "–" if each["peak_gib"] is None else f"{each['peak_gib']:.1f}"
+        shown = ", ".join(f"{name} {each['versions'][name]}" for name in SHOWN if name in each["versions"])
+        lines.append(
+            f"| {each['side']} | {each['seconds']:.4f} | {times} | {found['tokens'] / each['seconds']:,.0f} | {memory} "
+            f"| {each['host_gib']:.1f} | {each['loss']} | {shown} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The flags that every side reads."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Plan(args.shape, args.mix, device, args.positions, args.layers, args.rank)
+
+
 def main() -> None:
-    """Parse, measure, print a table and write the results."""
+    """Parse, measure, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--mix", choices=MIXES, default="commonsense")
+    parser.add_argument("--positions", default="f7+l7")
+    parser.add_argument("--layers", default="all", help="all, or numbers with ; between them")
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one side")
     parser.add_argument("--flops", type=float, default=790e12, help="operations a second of the device, measured")
-    parser.add_argument("--peer-python")
-    parser.add_argument("--peer-path")
+    for side, flags in PEERS.items():
+        parser.add_argument(f"--{flags}-python", help=f"Python of the side {side}")
+        parser.add_argument(f"--{flags}-path", help="its packages: a folder, in place of what PYTHONPATH says")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args)))
+        print(json.dumps(measure(plan_of(args), args.side, steps=args.steps, warmup=args.warmup)))
         return
-    results = run_sides(args)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    whole: dict[str, Any] = {"shape": args.shape, "mix": args.mix, "rows": ROWS, "device": device}
-    if torch.cuda.is_available():
-        whole["floor"] = round(floor(args), 5)
+    found = run_sides(args)
+    text = table(found)
     if args.output:
-        args.output.write_text(json.dumps(whole | {"sides": results}, indent=2) + "\n")
-    print(
-        f"{args.shape} {args.mix} on {device}" + (f"; arithmetic floor {whole['floor']} s" if "floor" in whole else "")
-    )
-    for row in results:
-        if "error" in row:
-            print(f"{row['side']:8} failed: {row['error']}")
-        else:
-            memory = f"  {row['peak_gib']:6.1f} GiB" if row["peak_gib"] else ""
-            print(f"{row['side']:8} {row['seconds']:.4f} s{memory}  loss {row['loss']}")
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+    if args.markdown:
+        args.markdown.write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":
