@@ -31,6 +31,7 @@ ALIASES = {
 }
 SPLIT = re.compile(r"(?P<name>[\w.-]*)(?P<slice>\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+SORTED = json.JSONEncoder(sort_keys=True, default=str).encode
 LONGEST_FIELD = 1 << 30  # characters in a CSV field; Python's own limit of 131,072 is shorter than some documents
 
 
@@ -79,7 +80,7 @@ class Rows:
         """SHA-256 of the rows' content and order; the file's name and format do not count."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+            digest.update(SORTED(row).encode() + b"\n")
         return digest.hexdigest()
 
 
