@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from reft_cli.data.batch import IGNORED, Batch
-from reft_cli.data.encode import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.tasks.cross_entropy import linear_cross_entropy
 
@@ -55,7 +55,7 @@ class CausalLM:
 
     def units(self, examples: Sequence[Example]) -> int:
         """Answer tokens."""
-        return sum(example.learned for example in examples)
+        return int(Examples.of(examples).learned.sum())
 
 
 def predict(model: IntervenedModel, batch: Batch) -> Tensor:

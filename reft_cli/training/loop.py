@@ -18,8 +18,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from reft_cli.data.batch import Layout, build_batch, micro_batches
-from reft_cli.data.encode import Example
+from reft_cli.data.batch import Layout
+from reft_cli.data.examples import Example
+from reft_cli.data.loader import GlobalBatch, Loader
 from reft_cli.errors import Diverged, Interrupted
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
@@ -87,8 +88,7 @@ class Trainer:
         observer: Observer,
         hooks: Hooks,
     ) -> None:
-        self.model, self.task, self.examples, self.groups = model, task, examples, groups
-        self.pad_token_id, self.settings = pad_token_id, settings
+        self.model, self.task, self.settings = model, task, settings
         self.accelerator, self.observer, self.hooks = accelerator, observer, hooks
         self.order = Order(len(examples), settings.global_batch_size, settings.seed)
         self.steps = self.order.steps(settings.epochs, settings.max_steps)
@@ -102,6 +102,18 @@ class Trainer:
             RecordedPasses(model, task, pad_token_id=pad_token_id)
             if settings.recorded
             else PlainPasses(model, task, self.scaler)
+        )
+        self.loader = Loader(
+            examples,
+            groups=groups,
+            layout=settings.layout,
+            pad_token_id=pad_token_id,
+            token_budget=settings.token_budget,
+            micro_batch_size=settings.micro_batch_size,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            device=model.device,
+            prepare=self.passes.prepare,
         )
         self.progress = Progress()
         self._pending: list[tuple[int, Tensor, list[int]]] = []  # (step, loss, rows) not yet looked at
@@ -131,31 +143,36 @@ class Trainer:
                 yield
 
     def _loop(self) -> str:
-        epoch, permutation = -1, []
-        while self.progress.step < self.steps:
+        with self.loader.ahead(self._batches_left()) as batches:
             started = time.perf_counter()
-            if self.progress.step // self.order.steps_per_epoch != epoch:
-                epoch = self.progress.step // self.order.steps_per_epoch
-                permutation = self.order.permutation(epoch)
-            rows = list(self.order.global_batch(self.progress.step, permutation))
-            loss, norm, rate = self._step([self.examples[row] for row in rows])
-            self.progress.step += 1
-            self._pending.append((self.progress.step, loss, [self.examples[row].row for row in rows]))
-            self.progress.seconds += time.perf_counter() - started
-            if self._end_of_step(norm, rate):
-                return "patience"
+            for batch in batches:
+                loss, norm, rate = self._step(batch)
+                self.progress.step += 1
+                self._pending.append((self.progress.step, loss, batch.examples.rows.tolist()))
+                self.progress.seconds += time.perf_counter() - started
+                if self._end_of_step(norm, rate):
+                    return "patience"
+                started = time.perf_counter()
         return "finished"
 
-    def _step(self, examples: list[Example]) -> tuple[Tensor, Tensor, float]:
+    def _batches_left(self) -> Iterator[Sequence[int]]:
+        """The examples of each step from the next one to the last."""
+        epoch, permutation = -1, []
+        for step in range(self.progress.step, self.steps):
+            if step // self.order.steps_per_epoch != epoch:
+                epoch = step // self.order.steps_per_epoch
+                permutation = self.order.permutation(epoch)
+            yield self.order.global_batch(step, permutation)
+
+    def _step(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, float]:
         """One optimizer step on a global batch: its mean loss, the gradient's norm, the learning rate."""
         settings, device = self.settings, self.model.device
-        units = self.task.units(examples)
+        units = self.task.units(batch.examples)
         total = torch.zeros((), device=device)
         self.model.bank.refresh()
-        for micro in self._share(examples):
-            batch = build_batch(micro, groups=self.groups, layout=settings.layout, pad_token_id=self.pad_token_id)
-            total += self.passes(batch, units)
-        self.progress.tokens += sum(len(example.input_ids) for example in examples)
+        for each in batch.passes:
+            total += self.passes(each, units)
+        self.progress.tokens += int(batch.examples.lengths.sum())
         self.model.bank.backpropagate()
         gradients = all_gradients(self.model)
         if self.accelerator.num_processes > 1:
@@ -177,17 +194,6 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, rate
-
-    def _share(self, examples: list[Example]) -> Iterator[list[Example]]:
-        """This process's micro-batches of a global batch: every n-th row by length, so that processes work equally."""
-        ranked = sorted(examples, key=lambda each: (-len(each.input_ids), each.row))
-        mine = ranked[self.accelerator.process_index :: self.accelerator.num_processes]
-        return micro_batches(
-            mine,
-            token_budget=self.settings.token_budget,
-            rows=self.settings.micro_batch_size,
-            padded=self.settings.layout == "padded",
-        )
 
     def _end_of_step(self, norm: Tensor, rate: float) -> bool:
         """Log, validate, save and watch, as far as each is due. True: patience has run out."""

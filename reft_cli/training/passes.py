@@ -28,6 +28,10 @@ MOST_RECORDINGS = 48  # sizes of batches; each costs some megabytes of the GPU's
 class Passes(Protocol):
     """What the loop calls for a micro-batch on the host."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as it is to be called with; on the host, in any thread."""
+        ...
+
     def __call__(self, batch: Batch, units: int) -> Tensor:
         """Add the gradients of loss / units to what is there; returns loss / units, detached, on the device."""
         ...
@@ -38,6 +42,10 @@ class PlainPasses:
 
     def __init__(self, model: IntervenedModel, task: Task, scaler: torch.amp.GradScaler) -> None:
         self.model, self.task, self.scaler = model, task, scaler
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as it is."""
+        return batch
 
     def __call__(self, batch: Batch, units: int) -> Tensor:
         """See Passes."""
@@ -63,7 +71,10 @@ def why_not_recorded(model: IntervenedModel, *, packed: bool, checkpointing: boo
 
 
 class RecordedPasses:
-    """Passes as CUDA graphs, one for each size of batch; a size is run as it comes once, then recorded."""
+    """Passes as CUDA graphs, one for each size of batch; a size is run as it comes once, then recorded.
+
+    `prepare` fills batches up, so that there are few sizes, and leaves those that are too long to be worth it.
+    """
 
     def __init__(self, model: IntervenedModel, task: Task, *, pad_token_id: int) -> None:
         self.model, self.task, self.pad_token_id = model, task, pad_token_id
@@ -73,11 +84,14 @@ class RecordedPasses:
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._seen: set[tuple[int, ...]] = set()
 
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch filled up, unless it is too long to be recorded."""
+        return batch if self._is_long(batch) else fill(batch, pad_token_id=self.pad_token_id)
+
     def __call__(self, batch: Batch, units: int) -> Tensor:
         """See Passes."""
-        if batch.inputs["input_ids"].numel() > self._longest:  # type: ignore[union-attr]
+        if self._is_long(batch):
             return self._plain(batch, units)
-        batch = fill(batch, pad_token_id=self.pad_token_id)
         size = (*(tensor.numel() for tensor in _tensors(batch)), int(batch.inputs["max_length_q"]))
         if size in self._recordings:
             return self._recordings[size].replay(batch, units)
@@ -86,6 +100,10 @@ class RecordedPasses:
             return self._first(batch, units)
         self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
         return self._recordings[size].replay(batch, units)
+
+    def _is_long(self, batch: Batch) -> bool:
+        ids = batch.inputs["input_ids"]
+        return isinstance(ids, Tensor) and ids.numel() > self._longest
 
     def _first(self, batch: Batch, units: int) -> Tensor:
         """As it comes, on the stream and in the memory of the recordings, which lies idle meanwhile."""
@@ -112,7 +130,12 @@ class _Recording:
         self.share = torch.ones((), device=model.device)
         self.graph = torch.cuda.CUDAGraph()
         leaves = model.bank.leaves()
-        recording = torch.cuda.graph(self.graph, pool=pool.id, stream=stream)  # type: ignore[arg-type]
+        recording = torch.cuda.graph(
+            self.graph,
+            pool=pool.id,  # type: ignore[arg-type]
+            stream=stream,
+            capture_error_mode="thread_local",  # the loader's thread pins memory meanwhile
+        )
         with recording, _one_thread(), model.editing(self.batch.rows):
             self.loss = task.loss(model, self.batch) * self.share
             slopes = torch.autograd.grad(self.loss, leaves, allow_unused=True)

@@ -23,6 +23,7 @@ real token 2 operations for each weight of every block, and 2 more in blocks fro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -48,7 +49,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "8b": (4096, 14336, 32, 32, 8, 128256, False),  # Llama-3-8B
 }
 MIXES = {"commonsense": ((40, 199), (2, 11)), "alpaca": ((60, 400), (20, 400))}  # tokens of prompt and answer
-ROWS = 32
+ROWS, BATCHES = 32, 4  # in a step; drawn, one after the other and again
 PEERS = {"pyreft": "peer", "adapters": "adapters", "lora": "lora"}  # sides that may have an environment: their flags
 SHOWN = ("torch", "transformers", "reft", "pyreft", "pyvene", "adapters", "peft")  # versions in the table
 Row = tuple[list[int], int]  # tokens, prompt length
@@ -160,8 +161,10 @@ def side_reft(plan: Plan) -> Step:
         lower_is_better=True, best_metric="loss",
     )  # fmt: skip
     hooks = Hooks(None, lambda *_: None, lambda _: None, lambda *_: None, lambda: None, str)
+    drawn = [row for rows in draw(plan.mix, SHAPES[plan.shape][5], BATCHES) for row in rows]
+    examples = [Example(tokens, prompt, None, "", "", row) for row, (tokens, prompt) in enumerate(drawn)]
     trainer = Trainer(
-        intervened, task=TASKS["causal_lm"], examples=[Example([1], 1, None, "", "", 1)] * ROWS,
+        intervened, task=TASKS["causal_lm"], examples=examples,
         groups=positions.groups(tied=True), pad_token_id=0, settings=settings, accelerator=Accelerator(),
         observer=NullObserver(), hooks=hooks,
     )  # fmt: skip
@@ -170,9 +173,13 @@ def side_reft(plan: Plan) -> Step:
     entered.enter_context(intervened)
     entered.enter_context(trainer.running())
 
+    order = itertools.cycle(range(start, start + ROWS) for start in range(0, len(examples), ROWS))
+    stream = entered.enter_context(trainer.loader.ahead(order))
+
     def step(rows: list[Row], _: ExitStack = entered) -> float:
-        examples = [Example(tokens, prompt, None, "", "", row) for row, (tokens, prompt) in enumerate(rows)]
-        loss, _, _ = trainer._step(examples)
+        batch = next(stream)
+        assert len(batch.examples) == len(rows) and batch.examples[0].input_ids == rows[0][0]
+        loss, _, _ = trainer._step(batch)
         return float(loss)
 
     return step
@@ -297,7 +304,7 @@ SIDES = {
 
 def measure(plan: Plan, side: str, *, steps: int, warmup: int) -> dict[str, Any]:
     """One side, in this process."""
-    batches = draw(plan.mix, SHAPES[plan.shape][5], 4)
+    batches = draw(plan.mix, SHAPES[plan.shape][5], BATCHES)
     step = SIDES[side](plan)
     gpu = plan.device == "cuda"
     times, loss = [], 0.0
@@ -332,7 +339,7 @@ def versions() -> dict[str, str]:
 
 def tokens_of(plan: Plan) -> float:
     """Real tokens of a step, in the mean."""
-    batches = draw(plan.mix, SHAPES[plan.shape][5], 4)
+    batches = draw(plan.mix, SHAPES[plan.shape][5], BATCHES)
     return statistics.mean(sum(len(tokens) for tokens, _ in rows) for rows in batches)
 
 
