@@ -30,6 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def groups(positions: str) -> tuple:
 
 def logits(model: IntervenedModel, examples: list[Example], positions: str = "f2+l2") -> list[Tensor]:
     """Logits of the real tokens of each example, right-padded in one batch."""
-    batch = build_batch(examples, groups=groups(positions), layout="padded", pad_token_id=1)
+    followed = [replace(each, input_ids=each.input_ids + [9] * bool(each.learned)) for each in examples]
+    batch = build_batch(followed, groups=groups(positions), layout="padded", pad_token_id=1)
     with torch.no_grad(), model, model.editing(batch.rows):
         found = model.base_model(**batch.inputs).logits
     return [row[: len(each.input_ids)] for row, each in zip(found, examples, strict=True)]

@@ -66,23 +66,26 @@ def build_batch(
 ) -> Batch:
     """Examples as one batch on the host."""
     chosen = Examples.of(examples)
-    lengths, prompts = chosen.lengths, chosen.prompt_lengths  # [B]
-    width = int(lengths.max())
-    packed_starts = np.cumsum(lengths) - lengths
-    starts = packed_starts if layout == "packed" else width * np.arange(len(chosen))
-    where = ranges(chosen.spans[:, 0], chosen.spans[:, 1])  # [N] of all tokens
-    ids = chosen.tokens[where].astype(np.int64)
+    prompts, first = chosen.prompt_lengths, chosen.spans[:, 0]  # [B]
     learned_from = np.maximum(prompts, 1)
+    learned = np.maximum(chosen.lengths - learned_from, 0)
+    lengths = chosen.lengths - (learned > 0)  # an answer's last token is a target and no input: nothing comes after it
+    width = int(lengths.max())
+    starts = np.cumsum(lengths) - lengths if layout == "packed" else width * np.arange(len(chosen))
+    where = ranges(first, first + lengths)  # [N] of all tokens
+    ids = chosen.tokens[where].astype(np.int64)
     if layout == "packed":
         inputs: dict[str, Tensor | int] = {"input_ids": torch.from_numpy(ids[None])}  # [1, N]
         inputs |= packing_inputs(lengths.tolist())
     else:
-        inputs = _padded(chosen, where, ids, width=width, pad_token_id=pad_token_id)
+        inputs = _padded(chosen, where, ids, lengths=lengths, pad_token_id=pad_token_id)
     return Batch(
         inputs=inputs,
         rows=_edited(prompts, lengths, groups=groups, starts=starts),
-        answer_rows=torch.from_numpy(ranges(starts + learned_from - 1, starts + lengths - 1)),
-        targets=torch.from_numpy(ids[ranges(packed_starts + learned_from, packed_starts + lengths)]),
+        answer_rows=torch.from_numpy(ranges(starts + learned_from - 1, starts + learned_from - 1 + learned)),
+        targets=torch.from_numpy(
+            chosen.tokens[ranges(first + chosen.lengths - learned, first + chosen.lengths)].astype(np.int64)
+        ),
         labels=None if chosen.labels is None else _labels(chosen.labels),
     )
 
@@ -104,13 +107,15 @@ def _edited(prompts: Ints, lengths: Ints, *, groups: Sequence[PositionGroup], st
             for start, prompt, length in zip(starts.tolist(), prompts.tolist(), lengths.tolist(), strict=True)
             for span in group.ranges(prompt, length)
         ]
-        bounds = np.array(spans, dtype=np.int64)  # [B or 2 B, 2]
+        bounds = np.array(spans, dtype=np.int64).reshape(-1, 2)  # [B or 2 B, 2]
         found[group.name] = torch.from_numpy(ranges(bounds[:, 0], bounds[:, 1]))
     return found
 
 
-def _padded(examples: Examples, where: Ints, tokens: Ints, *, width: int, pad_token_id: int) -> dict[str, Tensor | int]:
-    real = np.arange(width) < examples.lengths[:, None]  # [B, T]
+def _padded(
+    examples: Examples, where: Ints, tokens: Ints, *, lengths: Ints, pad_token_id: int
+) -> dict[str, Tensor | int]:
+    real = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
     ids = np.full(real.shape, pad_token_id, dtype=np.int64)
     ids[real] = tokens
     inputs: dict[str, Tensor | int] = {

@@ -28,20 +28,20 @@ GROUPS = Positions.parse("f3+l3").groups(tied=True)
 
 def test_padded_rows_and_targets():
     batch = build_batch(EXAMPLES[:2], groups=GROUPS, layout="padded", pad_token_id=1)
-    assert batch.inputs["input_ids"].shape == (2, 7)
-    assert batch.inputs["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
-    assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 7]
-    assert batch.answer_rows.tolist() == [4, 5, 7, 8, 9]
+    assert batch.inputs["input_ids"].shape == (2, 6)  # the last token of an answer is no input
+    assert batch.inputs["attention_mask"].tolist() == [[1] * 6, [1] * 3 + [0] * 3]
+    assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 6]
+    assert batch.answer_rows.tolist() == [4, 5, 6, 7, 8]
     assert batch.targets.tolist() == [*EXAMPLES[0].input_ids[5:], *EXAMPLES[1].input_ids[1:]]
 
 
 def test_packed_rows_and_targets():
     batch = build_batch(EXAMPLES[:2], groups=GROUPS, layout="packed", pad_token_id=1)
-    assert batch.inputs["input_ids"].tolist() == [EXAMPLES[0].input_ids + EXAMPLES[1].input_ids]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]]
-    assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 7, 11]
-    assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 7]
-    assert batch.answer_rows.tolist() == [4, 5, 7, 8, 9]
+    assert batch.inputs["input_ids"].tolist() == [EXAMPLES[0].input_ids[:-1] + EXAMPLES[1].input_ids[:-1]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2]]
+    assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 6, 9]
+    assert batch.rows["f3+l3"].tolist() == [0, 1, 2, 3, 4, 6]
+    assert batch.answer_rows.tolist() == [4, 5, 6, 7, 8]
 
 
 @given(
@@ -60,29 +60,33 @@ def test_a_batch_is_what_a_plain_loop_makes(
         examples = [replace(each, token_types=[token % 2 for token in each.input_ids]) for each in examples]
     groups = Positions.parse(text).groups(tied=tied)
     layout: Layout = "packed" if packed else "padded"
-    lengths = [len(each.input_ids) for each in examples]
+    given_in = [each.input_ids[:-1] if each.learned else each.input_ids for each in examples]
+    lengths = [len(each) for each in given_in]
     width = max(lengths)
     starts = [sum(lengths[:at]) if packed else at * width for at in range(len(examples))]
     for given_ones in (examples, Examples.of(examples[::-1])[::-1]):
         batch = build_batch(given_ones, groups=groups, layout=layout, pad_token_id=1)
         if packed:
-            assert batch.inputs["input_ids"].tolist() == [[token for each in examples for token in each.input_ids]]
+            assert batch.inputs["input_ids"].tolist() == [[token for each in given_in for token in each]]
         else:
             short = [width - length for length in lengths]
-            padded = [each.input_ids + [1] * gap for each, gap in zip(examples, short, strict=True)]
+            padded = [each + [1] * gap for each, gap in zip(given_in, short, strict=True)]
             assert batch.inputs["input_ids"].tolist() == padded
             if typed:
-                types = [(each.token_types or []) + [0] * gap for each, gap in zip(examples, short, strict=True)]
+                types = [
+                    (each.token_types or [])[:length] + [0] * (width - length)
+                    for each, length in zip(examples, lengths, strict=True)
+                ]
                 assert batch.inputs["token_type_ids"].tolist() == types
-        placed = list(zip(starts, examples, strict=True))
+        placed = list(zip(starts, examples, lengths, strict=True))
         for group in groups:
             assert batch.rows[group.name].tolist() == [
-                start + token
-                for start, each in placed
-                for token in group.indices(each.prompt_length, len(each.input_ids))
+                start + token for start, each, length in placed for token in group.indices(each.prompt_length, length)
             ]
         assert batch.answer_rows.tolist() == [
-            start + token for start, each in placed for token in range(each.prompt_length - 1, len(each.input_ids) - 1)
+            start + token
+            for start, each, _ in placed
+            for token in range(each.prompt_length - 1, len(each.input_ids) - 1)
         ]
         assert batch.targets.tolist() == [token for each in examples for token in each.input_ids[each.prompt_length :]]
         assert batch.labels is None if label is None else batch.labels.tolist() == [label] * len(examples)

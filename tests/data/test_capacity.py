@@ -37,7 +37,7 @@ def test_what_is_filled_in_is_whole(lengths: list[tuple[int, int]]):
     assert (bounds[: len(lengths) + 1] == batch.inputs["cu_seq_lens_q"]).all()
     starts = torch.cat([torch.arange(span) for span in bounds.diff().tolist()])
     assert (full.inputs["position_ids"][0] == starts).all()
-    real = sum(prompt + answer for prompt, answer in lengths)
+    real = sum(prompt + answer - 1 for prompt, answer in lengths)
     assert size > real and (full.rows["f3+l2"][len(batch.rows["f3+l2"]) :] == size - 1).all()
     assert (full.answer_rows[len(batch.answer_rows) :] == size - 1).all()
 
