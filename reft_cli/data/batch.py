@@ -30,6 +30,8 @@ class Batch:
     """What one forward pass needs.
 
     `answer_rows[k]` is the row whose next token is `targets[k]`; `labels` are classes or numbers, one an example.
+    `places` says which of all tokens of the data each real one is. `frozen` [1, N, D] is what comes out of the blocks
+    that no edit reaches, where it is known and they need not run.
     """
 
     inputs: dict[str, Tensor | int]
@@ -37,6 +39,8 @@ class Batch:
     answer_rows: Tensor
     targets: Tensor
     labels: Tensor | None
+    places: Tensor
+    frozen: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies overlap with computation where the memory is pinned."""
@@ -54,6 +58,8 @@ class Batch:
             answer_rows=move(self.answer_rows),
             targets=move(self.targets),
             labels=None if self.labels is None else move(self.labels),
+            places=move(self.places),
+            frozen=None if self.frozen is None else move(self.frozen),
         )
 
 
@@ -87,6 +93,7 @@ def build_batch(
             chosen.tokens[ranges(first + chosen.lengths - learned, first + chosen.lengths)].astype(np.int64)
         ),
         labels=None if chosen.labels is None else _labels(chosen.labels),
+        places=torch.from_numpy(where),
     )
 
 

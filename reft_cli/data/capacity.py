@@ -15,6 +15,7 @@ from reft_cli.data.batch import IGNORED, Batch
 
 FINEST = 64  # tokens
 SHARE = 16  # a size is rounded up by at most this part of it
+NOWHERE = -1  # the place of what was filled in
 LENGTHS = 128  # longest sequences are rounded to multiples of it; attention skips what is not there
 
 
@@ -52,6 +53,7 @@ def fill(batch: Batch, *, pad_token_id: int) -> Batch:
         rows={name: _longer(rows, rounded(len(rows)), size - 1) for name, rows in batch.rows.items()},
         answer_rows=_longer(batch.answer_rows, answers, size - 1),
         targets=_longer(batch.targets, answers, IGNORED),
+        places=_longer(batch.places, size, NOWHERE),
     )
 
 

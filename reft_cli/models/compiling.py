@@ -18,6 +18,9 @@ from torch._dynamo.utils import calculate_time_spent
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
+    "coordinate_descent_tuning": True
+}  # tries launch sizes of each kernel: some seconds once, kept on disk
 MOST_PROGRAMS = 64  # versions of one function, say for edited and unedited blocks; beyond it torch would not compile
 
 
@@ -37,7 +40,7 @@ def compiling(modules: Sequence[nn.Module]) -> Iterator[None]:
         with torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at every input
             for module in modules:
-                module.forward = torch.compile(module.forward, dynamic=True)
+                module.forward = torch.compile(module.forward, dynamic=True, options=OPTIONS)
                 done.append(module)
             yield
     finally:
@@ -47,7 +50,7 @@ def compiling(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def compiled(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """A function of tensors, compiled for any number of rows."""
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options=OPTIONS)
 
 
 def compile_seconds() -> float:

@@ -62,7 +62,7 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The product in the type of x."""
         flat = x.reshape(-1, self.in_features)
-        product: Tensor = _Product.apply(flat, self.weight, self.scale)
+        product = _multiply(flat, self.weight, self.scale)
         return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -91,6 +91,12 @@ class _Product(torch.autograd.Function):
             None,
             None,
         )
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # a compiler takes it as it is: torch 2.11 cannot look into its backward pass
+def _multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(x, weight, scale)
+    return product
 
 
 def quantize_rows(wide: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D hidden size, N edited rows, K answer rows, V vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from types import TracebackType
 
@@ -139,6 +139,10 @@ class IntervenedModel(nn.Module):
         finally:
             self._rows, self._editing = before
             self._last_mlp_rows = None
+
+    def above(self, frozen: Tensor | None) -> AbstractContextManager[None]:
+        """Inside, blocks that no edit reaches do not run: `frozen` comes out of them; None: they run."""
+        return nullcontext() if frozen is None else self.frozen.replaced(frozen)
 
     def set_rows(self, rows: Rows | None) -> None:
         """Change the rows inside `editing`, for passes whose rows are known only as they start (generation)."""

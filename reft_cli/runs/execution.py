@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ import torch
 from torch.utils._triton import has_triton
 
 from reft_cli.data.batch import Layout
-from reft_cli.data.encode import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import ModelError
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.objectives import TASKS
+from reft_cli.training.frozen_cache import why_not_cached
 from reft_cli.training.passes import why_not_recorded
 from reft_cli.training.schedule import Order
 
@@ -36,6 +38,8 @@ class Execution:
     compile_reason: str | None
     recorded: bool
     record_reason: str | None
+    cached: bool
+    cache_reason: str | None
 
 
 def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Example]) -> Execution:
@@ -54,7 +58,10 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
             dropout=bool(model.bank.dropout) or spec.model.dropout,
         )
         recorded = record_reason is None
-    return Execution(layout, layout_reason, compiled, compile_reason, recorded, record_reason)
+    cached, cache_reason = _choose_caching(
+        model, spec, examples, packed=layout == "packed", repeated=steps * batch > len(examples)
+    )
+    return Execution(layout, layout_reason, compiled, compile_reason, recorded, record_reason, cached, cache_reason)
 
 
 def _choose_layout(model: IntervenedModel, spec: Spec) -> tuple[Layout, str | None]:
@@ -81,6 +88,27 @@ def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> 
     if operations < WORTH_COMPILING:
         return False, f"the run is too short to win back the time ({operations:.0e} operations)"
     return True, None
+
+
+def _choose_caching(
+    model: IntervenedModel, spec: Spec, examples: Sequence[Example], *, packed: bool, repeated: bool
+) -> tuple[bool, str | None]:
+    wanted = spec.train.cache_frozen
+    if wanted == "off":
+        return False, None
+    reason = why_not_cached(
+        model,
+        tokens=len(Examples.of(examples).tokens),
+        packed=packed,
+        repeated=repeated,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        dropout=spec.model.dropout,
+    )
+    if reason is not None and wanted == "on":
+        raise ModelError(f"train.cache_frozen: on is not possible: {reason}; write auto or off")
+    if wanted == "auto" and reason is None and model.device.type != "cuda":
+        reason = "a resumed run would not end in the same bits; train.cache_frozen: on does it here"
+    return reason is None, reason
 
 
 def _why_not_compiled(device: torch.device) -> str | None:

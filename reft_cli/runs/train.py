@@ -223,6 +223,7 @@ class _Work:
             layout=self.execution.layout,
             compiled=self.execution.compiled,
             recorded=self.execution.recorded,
+            cached=self.execution.cached,
             seed=train.seed,
             log_every=train.log_every,
             diverge_factor=train.diverge_factor,

@@ -305,6 +305,9 @@ class TrainSpec(Section):
     """torch.compile of the model's blocks; auto: on a GPU, where the run is long enough to win back the time."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """auto: passes of a small model are recorded once and replayed, where that gives the same result."""
+    cache_frozen: Literal["auto", "on", "off"] = "auto"
+    """Keep what comes out of the blocks below the lowest edited one, so that later epochs skip them; auto: on a GPU
+    whose memory has room for it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 42

@@ -19,13 +19,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from reft_cli.data.batch import Layout
-from reft_cli.data.examples import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.data.loader import GlobalBatch, Loader
 from reft_cli.errors import Diverged, Interrupted
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
 from reft_cli.training.divergence import LOSS_WINDOW, fault_of
+from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
 from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
 from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
@@ -50,6 +51,7 @@ class TrainSettings:
     layout: Layout
     compiled: bool
     recorded: bool
+    cached: bool
     seed: int
     log_every: int
     diverge_factor: float
@@ -98,11 +100,10 @@ class Trainer:
         )
         half = next(model.base_model.parameters()).dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
-        self.passes: Passes = (
-            RecordedPasses(model, task, pad_token_id=pad_token_id)
-            if settings.recorded
-            else PlainPasses(model, task, self.scaler)
-        )
+        plain = PlainPasses(model, task, self.scaler)
+        self.passes: Passes = RecordedPasses(model, task, pad_token_id=pad_token_id) if settings.recorded else plain
+        if settings.cached:
+            self.passes = CachedPasses(self.passes, plain, tokens=len(Examples.of(examples).tokens))
         self.loader = Loader(
             examples,
             groups=groups,

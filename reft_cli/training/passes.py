@@ -50,7 +50,7 @@ class PlainPasses:
     def __call__(self, batch: Batch, units: int) -> Tensor:
         """See Passes."""
         there = batch.to(self.model.device)
-        with self.model.editing(there.rows):
+        with self.model.editing(there.rows), self.model.above(there.frozen):
             loss = self.task.loss(self.model, there) / units
             self.scaler.scale(loss).backward()
         return loss.detach()
@@ -136,7 +136,7 @@ class _Recording:
             stream=stream,
             capture_error_mode="thread_local",  # the loader's thread pins memory meanwhile
         )
-        with recording, _one_thread(), model.editing(self.batch.rows):
+        with recording, _one_thread(), model.editing(self.batch.rows), model.above(self.batch.frozen):
             self.loss = task.loss(model, self.batch) * self.share
             slopes = torch.autograd.grad(self.loss, leaves, allow_unused=True)
             for leaf, slope in zip(leaves, slopes, strict=True):
@@ -156,3 +156,5 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
     yield from (each for _, each in sorted(batch.inputs.items()) if isinstance(each, Tensor))
     yield from (rows for _, rows in sorted(batch.rows.items()))
     yield from (batch.answer_rows, batch.targets)
+    if batch.frozen is not None:
+        yield batch.frozen

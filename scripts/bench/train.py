@@ -156,8 +156,9 @@ def side_reft(plan: Plan) -> Step:
     settings = TrainSettings(
         epochs=1000, max_steps=None, learning_rate=9e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
         max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=BUDGET,
-        layout="padded" if reason else "packed", compiled="compile" in VARIANT, recorded="record" in VARIANT,
-        seed=0, log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
+        layout="padded" if reason else "packed", compiled="compile" in VARIANT,
+        recorded="record" in VARIANT, cached="cache" in VARIANT, seed=0,
+        log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
         lower_is_better=True, best_metric="loss",
     )  # fmt: skip
     hooks = Hooks(None, lambda *_: None, lambda _: None, lambda *_: None, lambda: None, str)

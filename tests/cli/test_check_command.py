@@ -51,16 +51,17 @@ def test_the_report(reft, spec):
     done = reft("check", spec)
     assert done.code == 0
     lines = done.out.splitlines()
-    assert lines[0] == "spec         s.yaml: ok"
+    assert lines[0] == "spec          s.yaml: ok"
     assert lines[-1] == "next: reft train s.yaml"
     for piece in (
-        "trainable    390 (",
+        "trainable     390 (",
         "3 sites × 130 (width 32, rank 2)",
-        "steps        9 (3 an epoch)",
-        "layout       packed",
-        "compiled     no: it pays on a GPU only; train.compile: on does it here",
-        "CUDA graphs  no: there are no CUDA graphs on cpu",
-        "memory       about",
+        "steps         9 (3 an epoch)",
+        "layout        packed",
+        "compiled      no: it pays on a GPU only; train.compile: on does it here",
+        "CUDA graphs   no: there are no CUDA graphs on cpu",
+        "frozen cache  no: only 1 of 3 blocks lie below the lowest edit",
+        "memory        about",
     ):
         assert piece in done.out, piece
     assert r"[f2+l2]sa[/]y one[f2+l2]: [/][answer]one<eos>[/]" in done.out

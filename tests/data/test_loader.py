@@ -14,7 +14,7 @@ import torch
 from reft_cli.data import loader as module
 from reft_cli.data.batch import Batch, build_batch, micro_batches
 from reft_cli.data.capacity import fill
-from reft_cli.data.examples import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.data.loader import THREAD, GlobalBatch, Loader
 from reft_cli.positions import Positions
 
@@ -39,9 +39,9 @@ def loader(**given: Any) -> Loader:
 
 
 def plain(batch: Batch) -> list[Any]:
-    """Everything in a batch as Python has it."""
+    """Everything in a batch as Python has it, but where its tokens stand in their columns."""
     values: list[Any] = []
-    for each in (getattr(batch, field.name) for field in fields(batch)):
+    for each in (getattr(batch, field.name) for field in fields(batch) if field.name != "places"):
         parts = each.items() if isinstance(each, dict) else [("", each)]
         values += [(name, (x.dtype, x.tolist()) if isinstance(x, torch.Tensor) else x) for name, x in parts]
     return values
@@ -159,3 +159,9 @@ def test_passes_are_pinned_for_a_gpu():
         for batch, indices in zip(stream, BATCHES, strict=True):
             assert all(each.targets.is_pinned() and each.inputs["input_ids"].is_pinned() for each in batch.passes)
             assert same(batch, loader().build(indices))
+
+
+def test_places_are_those_of_all_tokens():
+    columns = Examples.of(EXAMPLES)
+    for batch in loader().build(BATCHES[0]).passes:
+        assert columns.tokens[batch.places.numpy()].tolist() == batch.inputs["input_ids"][0].tolist()

@@ -109,7 +109,7 @@ def test_parts_hold_no_hooked_module():
 def test_compiled_blocks_and_edits_train_like_plain_ones(monkeypatch: pytest.MonkeyPatch):
     """With torch's own interpreter behind the compiler: what is traced and cut is tested, not the code generator."""
     compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda made, **given: compile_with(made, backend="aot_eager", **given))
+    monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend="aot_eager", dynamic=True))
     model = intervened("llama")
     with model, model.packing(True):
         plain = found(model, TASKS["causal_lm"].loss, "packed")

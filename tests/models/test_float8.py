@@ -70,3 +70,17 @@ def test_devices_without_float8_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     assert why_no_float8(torch.device("cuda")).startswith("NVIDIA A100 has no float8")
+
+
+def test_a_compiler_takes_float8_layers(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    small = Float8Linear(nn.Linear(I, O).requires_grad_(False))
+    run = torch.compile(lambda x: small(x * 2).relu(), backend="aot_eager", dynamic=True)
+    found = []
+    for forward in (run, lambda x: small(x * 2).relu()):
+        torch.manual_seed(1)
+        x = torch.randn(N, I, requires_grad=True)
+        made = forward(x)
+        made.square().sum().backward()
+        found.append((made.detach(), x.grad))
+    torch.testing.assert_close(found[0], found[1])

@@ -75,7 +75,7 @@ def test_a_compiled_run_ends_like_the_plain_one(
 ):
     """Through torch's own interpreter: what is traced and cut is tested here, generated code on GPUs."""
     compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda made, **given: compile_with(made, backend="aot_eager", **given))
+    monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend="aot_eager", dynamic=True))
     found = {}
     for wanted in ("off", "on"):
         runs.train(make_spec(f"train.compile={wanted}"), output=tmp_path / wanted, observer=observer)
@@ -91,3 +91,19 @@ def test_a_float8_run_learns_and_is_answered_on_the_same_base(make_spec: MakeSpe
     with runs.open_run(tmp_path / "run") as session:
         layer = session.model.base_model.model.layers[0].mlp.up_proj
         assert isinstance(layer, Float8Linear)
+
+
+def test_a_run_with_the_cache_ends_like_one_without(make_spec: MakeSpec, tmp_path: Path, observer):
+    found = {}
+    for wanted in ("off", "on"):
+        sets = ("intervention.layers=1;2", f"train.cache_frozen={wanted}")
+        runs.train(make_spec(*sets), output=tmp_path / wanted, observer=observer)
+        found[wanted] = [record.loss for record in observer.steps]
+        observer.steps.clear()
+    torch.testing.assert_close(found["on"], found["off"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_that_cannot_be_is_refused(make_spec: MakeSpec, tmp_path: Path, observer):
+    with pytest.raises(ModelError, match=r"train\.cache_frozen: on is not possible: only 1 of 3 blocks"):
+        runs.train(make_spec("train.cache_frozen=on"), output=tmp_path / "run", observer=observer)
+    assert not (tmp_path / "run").exists()
