@@ -24,7 +24,7 @@ def bench() -> ModuleType:
 
 
 def plan(bench: ModuleType, *, layers: str = "all", positions: str = "f7+l7"):
-    return bench.Plan("8b", "commonsense", "cpu", positions, layers, 8)
+    return bench.Plan("8b", "commonsense", "cpu", positions, layers, 8, 16_384)
 
 
 def test_layers_and_positions_are_read(bench: ModuleType):
@@ -77,8 +77,8 @@ def test_the_table_has_a_line_for_each_side_that_failed_too(bench: ModuleType):
 
 def test_a_side_that_cannot_start_is_a_result(bench: ModuleType, tmp_path: Path):
     asked = Namespace(
-        shape="tiny", mix="alpaca", positions="f7+l7", layers="all", rank=8, steps=1, warmup=0, timeout=60.0
+        shape="tiny", mix="alpaca", positions="f7+l7", layers="all", rank=8, steps=1, warmup=0, timeout=60.0, budget=64
     )
-    asked.peer_python, asked.peer_path = str(tmp_path / "python"), None
+    asked.peer_python, asked.peer_path, asked.profile = str(tmp_path / "python"), None, None
     found = bench.run_side("pyreft", asked)
     assert found["side"] == "pyreft" and "No such file or directory" in found["error"]

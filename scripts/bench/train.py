@@ -2,22 +2,26 @@
 """Seconds a training step and peak memory of ours and its peers, in turn on one machine, each in its own environment.
 
     train.py --shape 1b [--mix commonsense|alpaca] [--positions f7+l7] [--layers all|3;9;18;24] [--rank 8]
-             [--sides reft pyreft adapters lora frozen] [--steps 20] [--warmup 6] [--timeout SECONDS]
+             [--sides reft reft-plain reft-uncached reft-float8 pyreft adapters lora frozen] [--steps 20] [--warmup 16]
+             [--budget TOKENS] [--profile FOLDER] [--timeout SECONDS]
              [--peer-python PYTHON | --peer-path FOLDER] [--adapters-python …] [--adapters-path …] [--lora-python …]
              [--output RESULTS.json] [--markdown TABLE.md]
 
 Every side runs in a process of its own on the same random-weight Llama and the same drawn rows, 32 a step, with one set
 of weights for first and last positions. A side that fails is a line of the table and ends nothing.
 
-    reft      our loop's own step
+    reft      our loop's own step, compiled, small shapes recorded as CUDA graphs, frozen blocks kept
+    reft-plain, reft-uncached, reft-float8   the same not compiled, with no frozen blocks kept, with the base in float8
     pyreft    LoReFT by its model and locations
     adapters  LoReFT by AdapterHub's model; its last positions are those of the whole row, answer included
     lora      PEFT's LoRA of the same rank on q and v of the same layers
     frozen    the model alone forward, and backward to its embeddings, padded and with labels as the peers pass them
 
-Medians are over `--steps` steps after `--warmup`; each ends with a wait for the device. Memory is the device's peak in
-those steps, and the process's own since its start. The floor is the arithmetic alone at `--flops` a second: for each
-real token 2 operations for each weight of every block, and 2 more in blocks from the lowest edited one up.
+Medians are over `--steps` steps after `--warmup`, by the device's clock where there is one: steps follow each other and
+the host waits for none, as in training; `waited` is the median of as many steps that the host waits for. Memory is the
+device's peak in those steps, what CUDA graphs hold included, and the process's own since its start. The floor is the
+arithmetic alone at `--flops` a second: for each real token 2 operations for each weight of every block, and 2 more in
+blocks from the lowest edited one up.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -53,7 +58,7 @@ ROWS, BATCHES = 32, 4  # in a step; drawn, one after the other and again
 PEERS = {"pyreft": "peer", "adapters": "adapters", "lora": "lora"}  # sides that may have an environment: their flags
 SHOWN = ("torch", "transformers", "reft", "pyreft", "pyvene", "adapters", "peft")  # versions in the table
 Row = tuple[list[int], int]  # tokens, prompt length
-Step = Callable[[list[Row]], float]  # one optimizer step on a global batch; its loss
+Step = Callable[[list[Row]], torch.Tensor]  # one optimizer step on a global batch; its loss
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Plan:
     positions: str
     layers: str
     rank: int
+    budget: int
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -128,24 +134,25 @@ def padded(rows: list[Row], device: str) -> dict[str, torch.Tensor]:
     return {key: value.to(device) for key, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
-VARIANT = os.environ.get("VARIANT", "")
-BUDGET = int(os.environ.get("BUDGET", "32768"))
-
-
-def side_reft(plan: Plan) -> Step:
-    """Our loop's own optimizer step."""
+def side_reft(plan: Plan, *, compiled: bool = True, cached: bool = True, float8: bool = False) -> Step:
+    """Our loop's own optimizer step, carried out as `reft train` chooses to, but for what is asked here."""
     from accelerate import Accelerator
 
-    from reft_cli.data.encode import Example
+    from reft_cli.data.examples import Example, Examples
     from reft_cli.models.build import build_intervened
+    from reft_cli.models.float8 import to_float8
     from reft_cli.models.loading import BaseModel, shape_hash
     from reft_cli.models.packing import why_not_packed
     from reft_cli.positions import Positions
     from reft_cli.tasks.objectives import TASKS
+    from reft_cli.training.frozen_cache import why_not_cached
     from reft_cli.training.loop import Hooks, Trainer, TrainSettings
     from reft_cli.training.observer import NullObserver
+    from reft_cli.training.passes import why_not_recorded
 
     model = random_llama(plan)
+    if float8:
+        to_float8(model)
     base = BaseModel(model.eval(), plan.shape, None, shape_hash(model))
     positions = Positions.parse(plan.positions)
     reason = why_not_packed(model)
@@ -153,17 +160,22 @@ def side_reft(plan: Plan) -> Step:
         base, method="loreft", layers=plan.chosen, component="block_output", positions=positions, tied=True,
         rank=plan.rank, init="paper", dropout=0.0, dropout_on="delta", seed=0,
     )  # fmt: skip
+    drawn = [row for rows in draw(plan.mix, SHAPES[plan.shape][5], BATCHES) for row in rows]
+    examples = [Example(tokens, prompt, None, "", "", row) for row, (tokens, prompt) in enumerate(drawn)]
+    packed = reason is None
+    unrecorded = why_not_recorded(intervened, packed=packed, checkpointing=False, dropout=False)
+    uncached = why_not_cached(
+        intervened, tokens=len(Examples.of(examples).tokens), packed=packed, repeated=True, processes=1, dropout=False
+    )
     settings = TrainSettings(
         epochs=1000, max_steps=None, learning_rate=9e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
-        max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=BUDGET,
-        layout="padded" if reason else "packed", compiled="compile" in VARIANT,
-        recorded="record" in VARIANT, cached="cache" in VARIANT, seed=0,
+        max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=plan.budget,
+        layout="padded" if reason else "packed", compiled=compiled and plan.device == "cuda",
+        recorded=unrecorded is None, cached=cached and uncached is None, seed=0,
         log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
         lower_is_better=True, best_metric="loss",
     )  # fmt: skip
     hooks = Hooks(None, lambda *_: None, lambda _: None, lambda *_: None, lambda: None, str)
-    drawn = [row for rows in draw(plan.mix, SHAPES[plan.shape][5], BATCHES) for row in rows]
-    examples = [Example(tokens, prompt, None, "", "", row) for row, (tokens, prompt) in enumerate(drawn)]
     trainer = Trainer(
         intervened, task=TASKS["causal_lm"], examples=examples,
         groups=positions.groups(tied=True), pad_token_id=0, settings=settings, accelerator=Accelerator(),
@@ -177,11 +189,11 @@ def side_reft(plan: Plan) -> Step:
     order = itertools.cycle(range(start, start + ROWS) for start in range(0, len(examples), ROWS))
     stream = entered.enter_context(trainer.loader.ahead(order))
 
-    def step(rows: list[Row], _: ExitStack = entered) -> float:
+    def step(rows: list[Row], _: ExitStack = entered) -> torch.Tensor:
         batch = next(stream)
         assert len(batch.examples) == len(rows) and batch.examples[0].input_ids == rows[0][0]
         loss, _, _ = trainer._step(batch)
-        return float(loss)
+        return loss
 
     return step
 
@@ -207,7 +219,7 @@ def side_pyreft(plan: Plan) -> Step:
     reft.train()
     optimizer = torch.optim.AdamW([p for p in reft.parameters() if p.requires_grad], lr=9e-4, weight_decay=0.0)
 
-    def step(rows: list[Row]) -> float:
+    def step(rows: list[Row]) -> torch.Tensor:
         batch = padded([([0, *tokens], prompt + 1) for tokens, prompt in rows], plan.device)  # pyreft's sink token
         batch["attention_mask"][:, 0] = 0
         locations = [
@@ -231,7 +243,8 @@ def side_pyreft(plan: Plan) -> Step:
         torch.nn.utils.clip_grad_norm_([p for p in reft.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(output.loss.detach())
+        loss: torch.Tensor = output.loss.detach()
+        return loss
 
     return step
 
@@ -268,14 +281,15 @@ def trained(model: Any, plan: Plan, *, autocast: bool = True) -> Step:
     optimizer = torch.optim.AdamW(trainable, lr=9e-4, weight_decay=0.0)
     mixed = autocast and plan.device == "cuda"
 
-    def step(rows: list[Row]) -> float:
+    def step(rows: list[Row]) -> torch.Tensor:
         with torch.autocast(plan.device, dtype=torch.bfloat16, enabled=mixed):
             output = model(**padded(rows, plan.device), use_cache=False)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(output.loss.detach())
+        loss: torch.Tensor = output.loss.detach()
+        return loss
 
     return step
 
@@ -284,18 +298,22 @@ def side_frozen(plan: Plan) -> Step:
     """The frozen model forward and backward to its embeddings, and nothing else."""
     model = random_llama(plan).train()
 
-    def step(rows: list[Row]) -> float:
+    def step(rows: list[Row]) -> torch.Tensor:
         batch = padded(rows, plan.device)
         embedded = model.get_input_embeddings()(batch.pop("input_ids")).requires_grad_(True)
         output = model(inputs_embeds=embedded, use_cache=False, **batch)
         output.loss.backward()
-        return float(output.loss.detach())
+        loss: torch.Tensor = output.loss.detach()
+        return loss
 
     return step
 
 
-SIDES = {
+SIDES: dict[str, Callable[[Plan], Step]] = {
     "reft": side_reft,
+    "reft-plain": partial(side_reft, compiled=False),
+    "reft-uncached": partial(side_reft, cached=False),
+    "reft-float8": partial(side_reft, float8=True),
     "pyreft": side_pyreft,
     "adapters": side_adapters,
     "lora": side_lora,
@@ -303,32 +321,80 @@ SIDES = {
 }
 
 
-def measure(plan: Plan, side: str, *, steps: int, warmup: int) -> dict[str, Any]:
+def measure(plan: Plan, side: str, *, steps: int, warmup: int, traces: Path | None) -> dict[str, Any]:
     """One side, in this process."""
     batches = draw(plan.mix, SHAPES[plan.shape][5], BATCHES)
-    step = SIDES[side](plan)
-    gpu = plan.device == "cuda"
-    times, loss = [], 0.0
-    for index in range(warmup + steps):
-        if index == warmup and gpu:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        loss = step(batches[index % len(batches)])  # reading the loss waits for the device
-        if gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    run, gpu = SIDES[side](plan), plan.device == "cuda"
+    numbers = itertools.count()
+
+    def step() -> torch.Tensor:
+        return run(batches[next(numbers) % len(batches)])
+
+    first = waited(step)
+    for _ in range(warmup - 1):
+        step()
+    held = 0
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved()  # live tensors, and what CUDA graphs keep
+        torch.cuda.reset_peak_memory_stats()
+    times = by_device(step, steps) if gpu else [waited(step) for _ in range(steps)]
+    with_waits = [waited(step) for _ in range(steps)]
+    loss = float(step())
     return {
         "side": side,
-        "seconds": round(statistics.median(times[warmup:]), 5),
-        "fastest": round(min(times[warmup:]), 5),
-        "slowest": round(max(times[warmup:]), 5),
-        "first": round(times[0], 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if gpu else None,
+        "seconds": round(statistics.median(times), 5),
+        "fastest": round(min(times), 5),
+        "slowest": round(max(times), 5),
+        "waited": round(statistics.median(with_waits), 5),
+        "first": round(first, 2),
+        "peak_gib": round(max(held, torch.cuda.max_memory_allocated()) / 2**30, 2) if gpu else None,
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "loss": round(loss, 4),
+        "busy": profiled(step, traces / f"{plan.shape}_{plan.mix}_{side}.txt") if gpu and traces else None,
         "versions": versions(),
     }
+
+
+def waited(step: Callable[[], torch.Tensor]) -> float:
+    """Seconds of a step, by the host's clock until the loss is there."""
+    started = time.perf_counter()
+    float(step())
+    return time.perf_counter() - started
+
+
+def by_device(step: Callable[[], torch.Tensor], steps: int) -> list[float]:
+    """Seconds of each of some steps, by the device's clock."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
+
+
+def profiled(step: Callable[[], torch.Tensor], file: Path, steps: int = 4) -> float:
+    """Share of the time in which the GPU works; a table of its kernels goes to a file."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (each.time_range.start, each.time_range.end)
+        for each in seen.events()
+        if each.device_type == torch.autograd.DeviceType.CUDA and each.name != "Command Buffer Full"
+    )
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90))
+    return round(busy / (reached - spans[0][0]), 4)
 
 
 def versions() -> dict[str, str]:
@@ -358,8 +424,10 @@ def run_side(side: str, args: argparse.Namespace) -> dict[str, Any]:
     path = getattr(args, f"{flags}_path", None)
     environment = dict(os.environ) | ({"PYTHONPATH": path} if path else {})
     command = [python, __file__, "--side", side]
-    for name in ("shape", "mix", "positions", "layers", "rank", "steps", "warmup"):
+    for name in ("shape", "mix", "positions", "layers", "rank", "budget", "steps", "warmup"):
         command += [f"--{name}", str(getattr(args, name))]
+    if args.profile and side.startswith("reft"):
+        command += ["--profile", str(args.profile)]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=args.timeout
@@ -379,7 +447,8 @@ def run_sides(args: argparse.Namespace) -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     plan = plan_of(args)
-    asked = {name: getattr(args, name) for name in ("shape", "mix", "positions", "layers", "rank", "steps", "warmup")}
+    names = ("shape", "mix", "positions", "layers", "rank", "budget", "steps", "warmup")
+    asked = {name: getattr(args, name) for name in names}
     found: dict[str, Any] = asked | {
         "rows": ROWS,
         "tokens": tokens_of(plan),
@@ -430,7 +499,7 @@ def table(found: dict[str, Any]) -> str:
 def plan_of(args: argparse.Namespace) -> Plan:
     """The flags that every side reads."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Plan(args.shape, args.mix, device, args.positions, args.layers, args.rank)
+    return Plan(args.shape, args.mix, device, args.positions, args.layers, args.rank, args.budget)
 
 
 def main() -> None:
@@ -444,7 +513,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=16)
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens in one of our passes")
+    parser.add_argument("--profile", type=Path, help="folder for a table of what the GPU does in our steps")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one side")
     parser.add_argument("--flops", type=float, default=790e12, help="operations a second of the device, measured")
     for side, flags in PEERS.items():
@@ -454,8 +525,9 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(plan_of(args), args.side, steps=args.steps, warmup=args.warmup)))
-        return
+        found = measure(plan_of(args), args.side, steps=args.steps, warmup=args.warmup, traces=args.profile)
+        print(json.dumps(found), flush=True)
+        os._exit(0)  # contexts that the process held to its end are not to be left half torn down
     found = run_sides(args)
     text = table(found)
     if args.output:
