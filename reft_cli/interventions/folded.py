@@ -10,8 +10,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-
-WRITTEN_OUT = 16  # rank up to which products are written as sums when compiled
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,14 @@ class FoldedLowRank:
     def rows(h: Tensor, *site: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d], from one site's down [r, d], bias [r] and up [r, d]."""
         wide, down, bias, up = _widest(h, *site)
-        return _expand(_contract(wide, down) + bias, up)
+        return functional.linear(wide, down, bias) @ up
 
     @staticmethod
     def slopes(h: Tensor, upstream: Tensor, *site: Tensor) -> tuple[Tensor, ...]:
         """Gradients to h, down, bias and up of the deltas of h [N, d], along upstream [N, d]."""
         wide, upstream, down, bias, up = _widest(h, upstream, *site)
-        inner = _contract(upstream, up)  # [N, r]
-        return _expand(inner, down), inner.T @ wide, inner.sum(0), (_contract(wide, down) + bias).T @ upstream
+        inner = upstream @ up.T  # [N, r]
+        return inner @ down, inner.T @ wide, inner.sum(0), functional.linear(wide, down, bias).T @ upstream
 
     def delta(self, site: int, h: Tensor) -> Tensor:
         """Delta [N, d] of the rows h [N, d] at a site."""
@@ -73,28 +72,6 @@ class FoldedDiagonal:
 
 
 Folded = FoldedLowRank | FoldedDiagonal
-
-
-def _contract(h: Tensor, narrow: Tensor) -> Tensor:
-    """h [N, d] × narrowᵀ [d, r]."""
-    if _written_out(narrow):
-        return (h[:, None] * narrow).sum(-1)
-    return h @ narrow.T
-
-
-def _expand(inner: Tensor, narrow: Tensor) -> Tensor:
-    """inner [N, r] × narrow [r, d]."""
-    if _written_out(narrow):
-        return (inner[:, :, None] * narrow).sum(1)
-    return inner @ narrow
-
-
-def _written_out(narrow: Tensor) -> bool:
-    """Whether a product is better written as sums, which a compiler joins to what stands before and after.
-
-    Matrix units have nothing to do at such widths: on an H200 [448, 4096] × [4096, 8] in float32 takes 31 µs.
-    """
-    return torch.compiler.is_compiling() and narrow.is_cuda and narrow.shape[0] <= WRITTEN_OUT
 
 
 def _widest(*tensors: Tensor) -> list[Tensor]:

@@ -18,9 +18,6 @@ from torch._dynamo.utils import calculate_time_spent
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
-OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
-    "coordinate_descent_tuning": True
-}  # tries launch sizes of each kernel: some seconds once, kept on disk
 MOST_PROGRAMS = 64  # versions of one function, say for edited and unedited blocks; beyond it torch would not compile
 
 
@@ -40,7 +37,7 @@ def compiling(modules: Sequence[nn.Module]) -> Iterator[None]:
         with torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at every input
             for module in modules:
-                module.forward = torch.compile(module.forward, dynamic=True, options=OPTIONS)
+                module.forward = torch.compile(module.forward, dynamic=True)
                 done.append(module)
             yield
     finally:
@@ -50,7 +47,7 @@ def compiling(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def compiled(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """A function of tensors, compiled for any number of rows."""
-    return torch.compile(function, dynamic=True, options=OPTIONS)
+    return torch.compile(function, dynamic=True)
 
 
 def compile_seconds() -> float:

@@ -56,14 +56,21 @@ class Float8Linear(nn.Module):
         weight, scale = quantize_rows(linear.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)  # [O, I]
         self.register_buffer("scale", scale, persistent=False)  # [O, 1]
+        self.turned: Tensor | None = None  # [I, O], columns together, as the matrix units want it going back
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """The product in the type of x."""
         flat = x.reshape(-1, self.in_features)
-        product = _multiply(flat, self.weight, self.scale)
+        product = _multiply(flat, self.weight, self.scale, self.weight.t() if self.turned is None else self.turned)
         return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], self.out_features)
+
+    def train(self, mode: bool = True) -> Float8Linear:
+        """For training a turned copy is kept: turning a weight takes as long as multiplying by it."""
+        if mode and self.turned is None:
+            self.turned = self.weight.detach().t().contiguous()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """The shape, for print()."""
@@ -74,28 +81,25 @@ class _Product(torch.autograd.Function):
     """The gradient is a float8 product too: the weight's scales, being of its outputs, go into the gradient first."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(weight, scale)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, turned: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(turned, scale)
         ctx.kind = x.dtype
         small, its_scale = quantize_rows(x)
         return _product(small, weight.t(), its_scale, scale.t(), x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        weight, scale = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        turned, scale = ctx.saved_tensors
         small, its_scale = quantize_rows(upstream.float() * scale.t())
-        turned = weight.t().contiguous().t()  # the same numbers, columns together, as the matrix units want them
-        return (
-            _product(small, turned, its_scale, torch.ones_like(scale[:1]).expand(1, weight.shape[1]), ctx.kind),
-            None,
-            None,
-        )
+        columns = scale.new_ones(1, turned.shape[0])
+        return _product(small, turned.contiguous().t(), its_scale, columns, ctx.kind), None, None, None
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # a compiler takes it as it is: torch 2.11 cannot look into its backward pass
-def _multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(x, weight, scale)
+# A compiler takes it as it is: torch 2.11 cannot look into its backward pass.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _multiply(x: Tensor, weight: Tensor, scale: Tensor, turned: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(x, weight, scale, turned)
     return product
 
 

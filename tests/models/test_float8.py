@@ -23,12 +23,14 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_products_and_gradients_are_close(dtype: torch.dtype, biased: bool):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_and_gradients_are_close(dtype: torch.dtype, biased: bool, device: str):
     torch.manual_seed(0)
     linear = nn.Linear(I, O, bias=biased).requires_grad_(False)
     linear.weight *= torch.logspace(-3, 1, O)[:, None]  # rows of very different size
-    small = Float8Linear(copy.deepcopy(linear).to(dtype))
-    x, upstream = torch.randn(2, N, I), torch.randn(2, N, O)
+    linear = linear.to(device)
+    small = Float8Linear(copy.deepcopy(linear).to(dtype)).train()
+    x, upstream = torch.randn(2, N, I, device=device), torch.randn(2, N, O, device=device)
     found = []
     for layer, kind in ((linear.float(), torch.float32), (small, dtype)):
         given = x.to(kind).clone().requires_grad_(True)
@@ -37,6 +39,16 @@ def test_products_and_gradients_are_close(dtype: torch.dtype, biased: bool):
         found.append((made.detach().float(), given.grad.float()))
     assert small.weight.element_size() == 1 and made.dtype == dtype
     assert error(found[1][0], found[0][0]) < 0.05 and error(found[1][1], found[0][1]) < 0.06
+
+
+def test_training_keeps_a_turned_copy_that_changes_nothing():
+    small, found = Float8Linear(nn.Linear(I, O).requires_grad_(False)), []
+    for mode in (False, True):
+        x = torch.linspace(-1, 1, N * I).view(N, I).requires_grad_(True)
+        small.train(mode)(x).sum().backward()
+        assert (small.turned is not None) == mode
+        found.append(x.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_rows_keep_their_size_and_zeros():

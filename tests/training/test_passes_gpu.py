@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import transformers
 
 from reft_cli.data.batch import Batch, build_batch
-from reft_cli.data.encode import Example
+from reft_cli.data.examples import Example, Examples
 from reft_cli.models.build import build_intervened
+from reft_cli.models.float8 import to_float8
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, shape_hash
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import TASKS
+from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
 
 pytestmark = pytest.mark.gpu
@@ -40,23 +42,31 @@ def intervened(base: BaseModel, method: str = "loreft", layers: str = "all") -> 
     ).train()  # fmt: skip
 
 
-def batches() -> list[Batch]:
-    """Five batches of two sizes, each size several times."""
+SIZES = (20, 21, 60, 22, 61)  # of prompts; filled up they are two
+
+
+def examples() -> Examples:
+    """Six rows of each size."""
     chance = torch.Generator().manual_seed(0)
+    prompts = [size + row for size in SIZES for row in range(6)]
+    return Examples.of(
+        Example(torch.randint(5, 300, (prompt + 4,), generator=chance).tolist(), prompt, None, "", "", row)
+        for row, prompt in enumerate(prompts)
+    )
 
-    def example(prompt: int, answer: int, row: int) -> Example:
-        return Example(torch.randint(5, 300, (prompt + answer,), generator=chance).tolist(), prompt, None, "", "", row)
 
-    groups = POSITIONS.groups(tied=True)
+def batches() -> list[Batch]:
+    """A batch of each size."""
+    groups, rows = POSITIONS.groups(tied=True), examples()
     return [
-        build_batch([example(size + row, 4, row) for row in range(6)], groups=groups, layout="packed", pad_token_id=1)
-        for size in (20, 21, 60, 22, 61)
+        build_batch(rows[6 * at : 6 * at + 6], groups=groups, layout="packed", pad_token_id=1)
+        for at in range(len(SIZES))
     ]
 
 
 def found(model: IntervenedModel, passes: Passes, batch: Batch) -> list[torch.Tensor]:
     model.bank.refresh()
-    loss = passes(batch, units=24)
+    loss = passes(passes.prepare(batch), units=24)
     model.bank.backpropagate()
     gradients = [parameter.grad.clone() for parameter in model.bank.parameters()]
     model.bank.zero_grad()
@@ -126,3 +136,34 @@ def test_checkpointed_passes_are_plain_passes():
         model.checkpoint_activations(True)
         again = [found(model, plain, batch) for batch in batches()]
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cached_passes_are_plain_passes(compiled: bool):
+    model = intervened(base_of("Llama", torch.bfloat16), layers="1;2")
+    plain, ran = plain_passes(model), []
+    recorded = RecordedPasses(model, TASK, pad_token_id=1)
+    cached = CachedPasses(recorded, plain, tokens=len(examples().tokens))
+    with packed(model), model.base_model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1)):
+        expected = [found(model, plain, batch) for batch in batches()]
+        with model.compiling() if compiled else nullcontext():
+            for _ in range(4):
+                for batch, wanted in zip(batches(), expected, strict=True):
+                    torch.testing.assert_close(found(model, cached, batch), wanted, rtol=5e-2, atol=5e-3)
+    assert len(recorded._recordings) == 2 and model.frozen.modules
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_float8_base_trains_about_as_the_wide_one(compiled: bool):
+    losses = []
+    for small in (False, True):
+        base = base_of("Llama", torch.bfloat16)
+        if small:
+            to_float8(base.model)
+        model = intervened(base)
+        with packed(model), model.compiling() if compiled else nullcontext():
+            losses.append([found(model, plain_passes(model), batch) for batch in batches()])
+    for wide, narrow in zip(*losses, strict=True):
+        torch.testing.assert_close(narrow[0], wide[0], rtol=2e-2, atol=2e-2)
+        for gradient, other in zip(wide[1:], narrow[1:], strict=True):
+            assert (gradient - other).norm() <= 0.2 * gradient.norm()
