@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "train.py"
 def bench() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_train", SCRIPT)
     assert spec is not None and spec.loader is not None
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_train"] = module  # where its dataclass looks for itself
     spec.loader.exec_module(module)
