@@ -23,8 +23,9 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_classifier
 from reft_cli.positions import Positions
 from reft_cli.runs.texts import TextSide, TrainingData
+from reft_cli.spec.base import Conflict
 from reft_cli.spec.quoting import printable
-from reft_cli.spec.schema import Conflict, GenerationSpec, ModelSpec, Spec
+from reft_cli.spec.schema import GenerationSpec, ModelSpec, Spec
 
 SEEDS = 2**63  # torch takes no larger ones
 TOKEN_BUDGET = {"cuda": 16_384, "cpu": 4_096}  # tokens in one forward and backward pass

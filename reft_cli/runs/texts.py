@@ -20,8 +20,9 @@ from reft_cli.data.records import Rows, Source, read_rows, split_off
 from reft_cli.data.templates import Template, choose_template, template_from_dict
 from reft_cli.errors import CheckpointError, SpecError
 from reft_cli.positions import Positions
+from reft_cli.spec.data import DataSpec, SourceSpec, TemplateSpec
 from reft_cli.spec.quoting import listed, printable
-from reft_cli.spec.schema import DataSpec, SourceSpec, Spec, TemplateSpec
+from reft_cli.spec.schema import Spec
 
 SPLITS = ("train", "validation", "test")
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
+from reft_cli.spec.base import Section, Words
 from reft_cli.spec.quoting import KeyPath, listed
-from reft_cli.spec.schema import Section, Spec, Words
+from reft_cli.spec.schema import Spec
 
 LISTED_KEYS = 8
 

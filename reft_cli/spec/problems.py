@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from reft_cli.errors import Problem
+from reft_cli.spec.base import Conflict
 from reft_cli.spec.fields import Branch, in_words, keys_in, options
 from reft_cli.spec.names import nearest_keys
 from reft_cli.spec.quoting import KeyPath, dotted, listed, printable, yaml_inline
 from reft_cli.spec.scalars import read_scalar
-from reft_cli.spec.schema import Conflict, Spec
+from reft_cli.spec.schema import Spec
 from reft_cli.spec.yaml_tree import Node
 
 OTHER_WORDS = {

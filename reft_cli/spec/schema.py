@@ -1,42 +1,24 @@
 """The sections of a spec, as pydantic models; every field's docstring is its help text and its JSON Schema description.
 
-Nothing here knows files, YAML or tensors. A default stands in this file and nowhere else.
+The sections `task` and `data` have files of their own. Nothing here knows files, YAML or tensors. A default stands in
+its section and nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass
 from difflib import get_close_matches
-from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
-
-
-class Conflict(ValueError):
-    """Values that exclude each other. `keys` are theirs, seen from the section; the first is to change."""
-
-    def __init__(self, message: str, *keys: str) -> None:
-        super().__init__(message)
-        self.keys = keys
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a pattern lets through, for error messages."""
-
-    text: str
-
+from reft_cli.spec.base import Conflict, Fraction, PositiveInt, Section, Words
+from reft_cli.spec.data import DataSpec
+from reft_cli.spec.task import Metric, TaskSpec, check_metric
 
 COLDEST = 1e-4  # temperatures below it divide logits into infinity
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Column = Annotated[str, Field(min_length=1)]
 Layers = Annotated[Literal["all"] | list[int] | str, Words("all, a list such as [4, 6], or text such as 0-15/2")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"), Words("auto, cpu, mps, cuda or cuda:N")]
 RunName = Annotated[
@@ -45,27 +27,7 @@ RunName = Annotated[
     Words("a name of letters, digits and . _ - that starts with a letter or digit"),
 ]
 Method = Literal["loreft", "noreft", "direft", "direft_orthogonal", "consreft", "lobireft", "red"]
-Metric = Literal[
-    "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "numeric_match", "loss", "perplexity"
-]
 COMPONENTS = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
-DEFAULT_METRIC: dict[str, Metric] = {
-    "causal_lm": "exact_match",
-    "classification": "accuracy",
-    "regression": "pearson",
-}
-FITTING_METRICS: dict[str, tuple[str, ...]] = {  # causal_lm: all
-    "classification": ("accuracy", "f1", "matthews", "exact_match", "loss"),
-    "regression": ("pearson", "spearman", "loss"),
-}
-
-
-class Section(BaseModel):
-    """A strict, immutable mapping of the spec: no key is ignored, and no value is turned into another type."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelSpec(Section):
@@ -172,112 +134,6 @@ class InterventionSpec(Section):
         return self
 
 
-class TaskSpec(Section):
-    """The objective and how it is scored."""
-
-    kind: Literal["causal_lm", "classification", "regression"] = "causal_lm"
-    """causal_lm: loss on the answer's tokens; classification, regression: a head that is trained along."""
-    metric: Metric | None = None
-    """Score of `reft eval`; exact_match for causal_lm, accuracy for classification, pearson for regression."""
-    labels: list[str] | None = Field(default=None, min_length=2)
-    """Names of the classes, in the order of the label numbers; found in the training data if not given."""
-
-    @model_validator(mode="after")
-    def _metric_fits(self) -> TaskSpec:
-        if self.metric is None:
-            object.__setattr__(self, "metric", DEFAULT_METRIC[self.kind])
-        _check_metric(self.metric, self.kind, "metric", "kind")
-        if self.labels and self.kind == "regression":
-            raise Conflict("labels have no meaning for regression; remove them", "labels", "kind")
-        return self
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
-        for label, count in Counter(labels).items():
-            if count > 1:
-                raise ValueError(f"the label `{label}` is given twice")
-        return labels
-
-
-def _check_metric(metric: str | None, kind: str, *keys: str) -> None:
-    fitting = FITTING_METRICS.get(kind)
-    if metric is not None and fitting is not None and metric not in fitting:
-        shown = ", ".join(name for name in fitting[:-1] if name != "exact_match")
-        raise Conflict(f"{metric} does not fit task.kind {kind}; write {shown} or {fitting[-1]}", *keys)
-
-
-class SourceSpec(Section):
-    """Rows from a file, a folder or the hub."""
-
-    path: str | None = None
-    """File (.jsonl, .json, .csv, .parquet), folder, `bundled:NAME/SPLIT` or hub id; left out: that of `data.train`."""
-    split: str | None = None
-    """Split of a folder or hub data set; slices such as train[:1000] work."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    limit: PositiveInt | None = None
-    """Use only the first N rows."""
-
-
-class TemplateSpec(Section):
-    """A prompt template; {names} in braces are columns, {{ and }} are braces."""
-
-    prompt: str = Field(min_length=1)
-    """Text up to where the model takes over."""
-    completion: str | None = None
-    """Text that is learned; `{completion}` of the format if not given."""
-
-    @field_validator("prompt", "completion")
-    @classmethod
-    def _braces(cls, text: str | None) -> str | None:
-        try:
-            names = [name for _, name, _, _ in Formatter().parse(text or "") if name is not None]
-        except ValueError:
-            raise ValueError("a brace has no partner; write {{ or }} for a brace that is meant as text") from None
-        if not all(names):
-            raise ValueError("`{}` names no column; write {{}} for braces that are meant as text")
-        return text
-
-
-class DataSpec(Section):
-    """Where rows come from and how they become tokens."""
-
-    train: str | SourceSpec | None = None
-    """Training rows; a path, hub id or `bundled:NAME/SPLIT`, or a mapping."""
-    validation: Annotated[float, Field(gt=0, lt=1)] | str | SourceSpec | None = None
-    """Rows for choosing the best checkpoint; like `train`, or a fraction of the training rows."""
-    test: str | SourceSpec | None = None
-    """Rows for `reft eval`."""
-    format: Literal["auto", "completion", "alpaca", "messages", "text", "pair"] = "auto"
-    """Columns that a row has. completion: prompt, completion. alpaca: instruction, input, output. messages: messages.
-    text: text, label. pair: text, text_pair, label."""
-    columns: dict[str, Column] = {}
-    """Column names, as {name of the format: name in the file}."""
-    template: Literal["alpaca", "plain", "chat"] | TemplateSpec | None = None
-    """alpaca, plain, chat (the tokenizer's own), or {prompt: …, completion: …}."""
-    append_eos: bool = True
-    """End the answer with the end-of-sequence token, so that generation stops."""
-    max_length: Annotated[int, Field(ge=8, strict=True)] = 512
-    """Tokens in a row, prompt and answer together."""
-    on_overflow: Literal["error", "drop", "truncate_prompt"] = "error"
-    """Rows longer than max_length: stop, leave out, or cut the middle of the prompt (edited tokens stay)."""
-
-    @model_validator(mode="after")
-    def _paths(self) -> DataSpec:
-        if isinstance(self.train, SourceSpec) and self.train.path is None:
-            raise Conflict("missing; it says where the training rows are", "train.path")
-        if self.train is None:
-            if isinstance(self.validation, float):
-                raise Conflict("a fraction of the training rows, and data.train is not given", "validation", "train")
-            for key, source in (("validation", self.validation), ("test", self.test)):
-                if isinstance(source, SourceSpec) and source.path is None:
-                    raise Conflict("missing, and there is no data.train to fall back on", f"{key}.path", "train")
-        return self
-
-
 class TrainSpec(Section):
     """How the intervention is trained."""
 
@@ -358,7 +214,7 @@ class GenerationSpec(Section):
     """Above 1: tokens that stand already become less probable."""
     no_repeat_ngram_size: Annotated[int, Field(ge=0, strict=True)] = 0
     """No sequence of so many tokens twice; 0: off."""
-    stop: list[str] = []
+    stop: list[str] = Field(default=[])
     """Texts that end an answer; they are cut off."""
     batch_size: PositiveInt = 32
     """Prompts decoded together."""
@@ -406,7 +262,7 @@ class Spec(Section):
 
     version: Annotated[Literal[1], Words("1, the only version there is")] = 1
     """Version of this schema."""
-    extends: list[str] = []
+    extends: list[str] = Field(default=[])
     """Specs that are read first; this file's keys win. Paths count from this file."""
     name: RunName | None = None
     """Name of the run; the file's name if not given."""
@@ -426,7 +282,7 @@ class Spec(Section):
     """How answers are decoded."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """What is kept of a run."""
-    log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=[])
     """Trackers that get the metrics besides metrics.jsonl."""
     output: str = Field(default="runs/{name}", min_length=1)
     """The run folder; {name} is the name of the run."""
@@ -451,7 +307,7 @@ class Spec(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Spec:
         best, patience = self.checkpoint.best, self.checkpoint.patience
-        _check_metric(best, self.task.kind, "checkpoint.best", "task.kind")
+        check_metric(best, self.task.kind, "checkpoint.best", "task.kind")
         for key, value in (("checkpoint.best", best), ("checkpoint.patience", patience)):
             if value is not None and self.data.validation is None:
                 raise Conflict("there are no validation rows to go by; give data.validation", key, "data.validation")

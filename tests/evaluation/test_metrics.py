@@ -15,7 +15,7 @@ from reft_cli.evaluation.metrics import (
     score_numbers,
     score_texts,
 )
-from reft_cli.spec.schema import FITTING_METRICS, Metric
+from reft_cli.spec.task import FITTING_METRICS, Metric
 
 METRICS = Metric.__args__
 GUESSES, TRUTHS = ["yes", "no ", " yes", "Yes"], ["yes", "yes", "no", "yes\n"]

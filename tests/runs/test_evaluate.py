@@ -16,7 +16,7 @@ from reft_cli.errors import CheckpointError, DataError, SpecError
 from reft_cli.evaluation.metrics import score_classes, score_loss, score_numbers, score_texts
 from reft_cli.runs import assemble
 from reft_cli.spec.load import LoadedSpec
-from reft_cli.spec.schema import FITTING_METRICS, Metric
+from reft_cli.spec.task import FITTING_METRICS, Metric
 from reft_cli.training.observer import NullObserver
 
 SETS = ("train.epochs=4", "train.learning_rate=0.05", "checkpoint.best=loss", "checkpoint.keep=3")

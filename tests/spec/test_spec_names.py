@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from reft_cli.spec.base import Section
 from reft_cli.spec.fields import branches_of, in_words, keys_in, known_keys
 from reft_cli.spec.names import OTHER_NAMES, nearest_keys
-from reft_cli.spec.schema import Section, Spec
+from reft_cli.spec.schema import Spec
 
 
 def sections(section=Spec):
