@@ -94,7 +94,9 @@ class TextIdentity(_Part):
     labels_given: bool
     append_eos: bool
     max_length: int = Field(ge=1)
-    on_overflow: Literal["error", "drop", "truncate_prompt"]
+    on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"]
+    extraction: str | dict[str, Any] | None = None
+    """As the spec had it."""
 
     @model_validator(mode="after")
     def _labels(self) -> TextIdentity:

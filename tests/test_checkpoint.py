@@ -47,6 +47,7 @@ MANIFEST: dict[str, Any] = {
         "append_eos": True,
         "max_length": 64,
         "on_overflow": "error",
+        "extraction": None,
     },
     "generation": {"max_new_tokens": 4, "temperature": 0.1, "stop": ["\n"]},
 }

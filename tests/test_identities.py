@@ -43,7 +43,7 @@ from reft_cli.data.batch import build_batch
 from reft_cli.data.encode import Example, encode_examples
 from reft_cli.data.formats import choose_format
 from reft_cli.data.records import Rows
-from reft_cli.data.templates import choose_template
+from reft_cli.data.templates import Inline, choose_template
 from reft_cli.generation.decode import Decoding, PromptEdits, edits_while_generating
 from reft_cli.interventions import METHODS, trainable_count
 from reft_cli.models.build import build_intervened
@@ -318,7 +318,7 @@ def test_modes_reach_every_part_and_eval_mode_is_deterministic():
             "messages",
             "chat",
         ),
-        ({"text": "a film", "label": "good"}, "text", ("{text} =>", " {label}")),
+        ({"text": "a film", "label": "good"}, "text", Inline("{text} =>", " {label}")),
     ],
 )
 def test_l1_is_the_last_token_of_the_prompt_in_every_format(row: dict[str, Any], form: str, template: Any):

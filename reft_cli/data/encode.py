@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TaskKind = Literal["causal_lm", "classification", "regression"]
-Overflow = Literal["error", "drop", "truncate_prompt"]
-VERSION = 1  # raise it whenever the same rows would give other examples, because of a change anywhere in reft_cli.data
+Overflow = Literal["error", "drop", "truncate_prompt", "truncate_answer"]
+VERSION = 2  # raise it whenever the same rows would give other examples, because of a change anywhere in reft_cli.data
 CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads, small enough to keep offsets off the memory
 
 
@@ -103,6 +103,9 @@ def encode_examples(
         prompts = _prompts(fields, rows.numbers, text=text, template=template, whole=True, places=_places(rows))
         examples = Examples.of(replace(prompt, label=label) for prompt, label in zip(prompts, labels, strict=True))
         spanning, differing = [], []
+    if rows.sources is not None:
+        named = zip(examples, rows.sources, strict=True)
+        examples = Examples.of(replace(each, source=name) for each, name in named)
     kept, dropped, cut = fit(
         examples,
         special=(len(text.prefix), 0 if task_kind == "causal_lm" else len(text.suffix)),
@@ -160,6 +163,8 @@ def fit(
     long = columns.take(np.flatnonzero(over))
     if not long:
         return columns, [], []
+    if on_overflow == "truncate_answer":
+        return _ends_cut(columns, max_length=max_length, name=name)
     first, last = max(positions.first, special[0]), max(positions.last, special[1])
     shortened = {example.row: cut_middle(example, max_length=max_length, first=first, last=last) for example in long}
     hopeless = [example for example in long if shortened[example.row] is None]
@@ -173,10 +178,24 @@ def fit(
             name=name,
         )
     if on_overflow == "drop":
-        if over.all():
-            raise DataError(f"{name}: every row is longer than data.max_length {max_length}; none is left to use")
-        return columns.take(np.flatnonzero(~over)), long.rows.tolist(), []
+        kept = columns.take(np.flatnonzero(~over))
+        _refuse_none(kept, name=name, max_length=max_length)
+        return kept, long.rows.tolist(), []
     return Examples.of(shortened.get(example.row) or example for example in columns), [], long.rows.tolist()
+
+
+def _ends_cut(examples: Examples, *, max_length: int, name: str) -> tuple[Examples, list[int], list[int]]:
+    """As pyreft has it: the end of an answer goes, and its end token with it; a prompt that fills all is left out."""
+    over = examples.lengths > max_length
+    filled = over & (np.maximum(examples.prompt_lengths, 1) >= max_length)
+    kept = examples.take(np.flatnonzero(~filled)).cut_at(max_length)
+    _refuse_none(kept, name=name, max_length=max_length)
+    return kept, examples.rows[filled].tolist(), examples.rows[over & ~filled].tolist()
+
+
+def _refuse_none(kept: Examples, *, name: str, max_length: int) -> None:
+    if not kept:
+        raise DataError(f"{name}: every row is longer than data.max_length {max_length}; none is left to use")
 
 
 def cut_middle(example: Example, *, max_length: int, first: int, last: int) -> Example | None:
@@ -214,6 +233,7 @@ def fingerprint(
         "version": (VERSION, __version__, tokenizers.__version__),
         "rows": rows.fingerprint,
         "numbers": hashlib.sha256(array("q", rows.numbers).tobytes()).hexdigest(),
+        "sources": rows.sources,
         "tokenizer": text_tokenizer(tokenizer).fingerprint,
         "template": template.to_dict(),
         "rendered": (template.render_prompt(first, where=place), template.render_completion(first, where=place)),
@@ -235,6 +255,7 @@ def _answers(
     places = _places(rows)
     prompts = [template.render_prompt(each, where=where) for each, where in zip(fields, places, strict=True)]
     answers = [template.render_completion(each, where=where) for each, where in zip(fields, places, strict=True)]
+    truths = [template.render_reference(each, where=where) for each, where in zip(fields, places, strict=True)]
     prefix = text.prefix if template.special_tokens else []
     end = text.eos_token_id if append_eos else None
     spanning: list[int] = []
@@ -242,7 +263,7 @@ def _answers(
 
     def examples() -> Iterator[Example]:
         cuts = _cuts(text, prompts, answers)
-        for cut, prompt, answer, row in zip(cuts, prompts, answers, rows.numbers, strict=True):
+        for cut, prompt, answer, truth, row in zip(cuts, prompts, answers, truths, rows.numbers, strict=True):
             ids = prefix + cut.ids
             ended = end in cut.ids[cut.boundary :] if not template.special_tokens else cut.ids[-1:] == [end]
             if end is not None and not ended:
@@ -251,7 +272,7 @@ def _answers(
                 spanning.append(row)
             elif cut.differs:
                 differing.append(row)
-            yield Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row)
+            yield Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row, reference=truth)
 
     return Examples.of(examples()), spanning, differing
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-TEXTS = ("prompt", "completion")  # the fields of an example that are text, or None
+TEXTS = ("prompt", "completion", "reference", "source")  # the fields of an example that are text, or None
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens. The first `prompt_length` are the prompt, what follows is learned; `row` counts from 1."""
+    """One row as tokens. The first `prompt_length` are the prompt, what follows is learned; `row` counts from 1.
+
+    `reference` is what an answer is scored against where it is not the completion, `source` the name of the row's
+    source where rows come from several.
+    """
 
     input_ids: list[int]
     prompt_length: int
@@ -28,6 +32,8 @@ class Example:
     completion: str
     row: int
     token_types: list[int] | None = None
+    reference: str | None = None
+    source: str = ""
 
     @property
     def learned(self) -> int:
@@ -37,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Examples as columns: 4 bytes a token and 64 an example besides their texts; an `Example` is made when asked for.
+    """Examples as columns: 4 bytes a token and 96 an example besides their texts; an `Example` is made when asked for.
 
     `spans` [E, 2] are each one's first token and the end of its tokens in `tokens` [N] (and `token_types` [N]);
     `text_spans` [E, 2 TEXTS] are the beginning and end of each text in `text` [C], UTF-8, or -1 for None. `take` shares
@@ -155,6 +161,11 @@ class Examples(Sequence[Example]):
             labels=None if self.labels is None else self.labels[chosen],
             token_types=self.token_types,
         )
+
+    def cut_at(self, length: int) -> Examples:
+        """The examples with at most their first `length` tokens, which they share."""
+        ends = np.minimum(self.spans[:, 1], self.spans[:, 0] + length)
+        return replace(self, spans=np.stack([self.spans[:, 0], ends], axis=1))
 
     def longest_first(self) -> Examples:
         """The examples by falling length, those of one length by their row."""

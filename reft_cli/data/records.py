@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from reft_cli import bundled
 from reft_cli.errors import DataError
 
 Row = dict[str, Any]
+T = TypeVar("T")
 ALIASES = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched"),
     "test": ("test", "testing"),
 }
 SPLIT = re.compile(r"(?P<name>[\w.-]*)(?P<slice>\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -37,7 +38,7 @@ LONGEST_FIELD = 1 << 30  # characters in a CSV field; Python's own limit of 131,
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a file, a folder, a hub id or `bundled:NAME/SPLIT`."""
+    """Where rows come from: a file, a folder, an https address, a hub id or `bundled:NAME/SPLIT`."""
 
     path: str
     split: str | None = None
@@ -48,18 +49,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the order of their file; `numbers` counts them from 1, `lines` are their lines where a file has lines."""
+    """Rows in the order of their file; `numbers` counts them from 1, `lines` are their lines where a file has lines.
+
+    Rows of several sources have a place and the name of their source each.
+    """
 
     name: str
     rows: list[Row]
     numbers: list[int]
     lines: list[int] | None = None
+    places: list[str] | None = None
+    sources: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def where(self, index: int) -> str:
         """How messages name the place of a row: `train.jsonl:12`, or `train.parquet: row 12`."""
+        if self.places is not None:
+            return self.places[index]
         if self.lines is None:
             return f"{self.name}: row {self.numbers[index]}"
         return f"{self.name}:{self.lines[index]}"
@@ -67,8 +75,18 @@ class Rows:
     def take(self, indices: Iterable[int]) -> Rows:
         """Some of the rows; they keep their numbers and lines."""
         chosen = list(indices)
-        lines = None if self.lines is None else [self.lines[index] for index in chosen]
-        return Rows(self.name, [self.rows[index] for index in chosen], [self.numbers[index] for index in chosen], lines)
+
+        def of(values: list[T]) -> list[T]:
+            return [values[index] for index in chosen]
+
+        return Rows(
+            self.name,
+            of(self.rows),
+            of(self.numbers),
+            None if self.lines is None else of(self.lines),
+            None if self.places is None else of(self.places),
+            None if self.sources is None else of(self.sources),
+        )
 
     @cached_property
     def columns(self) -> list[str]:
@@ -90,6 +108,8 @@ def read_rows(source: Source) -> Rows:
         rows = _read_local(source, bundled.locate(source.path, kind="data"), name=source.path)
     elif source.path and os.path.exists(path := os.path.expanduser(source.path)):
         rows = _read_local(source, Path(path), name=source.path)
+    elif source.path.startswith("https://"):
+        rows = _read_address(source)
     elif _may_be_on_hub(source.path):
         rows = _read_hub(source)
     else:
@@ -209,7 +229,7 @@ def _read_saved(folder: Path, split: str, *, name: str) -> Rows:
     return _numbered(name, saved.to_list())
 
 
-# The hub
+# The hub, and files at an address
 
 
 def _may_be_on_hub(path: str) -> bool:
@@ -233,6 +253,23 @@ def _read_hub(source: Source) -> Rows:
     if source.limit is not None:
         data = data.select(range(min(source.limit, len(data))))
     return _numbered(source.path, data.to_list())
+
+
+def _read_address(source: Source) -> Rows:
+    """A file that `datasets` downloads once and keeps; of the split only a slice has a meaning."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    _, part = _parse_split(source.split, name=source.path)
+    kind = {".jsonl": "json"}.get(suffix := Path(source.path).suffix.lower(), suffix.removeprefix("."))
+    if suffix not in READERS:
+        raise DataError(f"{source.path}: an address has to be that of a file that ends in {', '.join(READERS)}")
+    try:
+        data = datasets.load_dataset(kind, data_files=source.path, split="train")
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{source.path}: cannot be downloaded: {_first_line(error)}") from error
+    rows = _numbered(source.path, data.to_list())
+    return rows.take(range(len(rows))[part(len(rows))])
 
 
 # Files

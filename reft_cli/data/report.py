@@ -55,7 +55,7 @@ class DataReport:
         counts, total = self.counts, self.counts.read
         texts = [
             (counts.dropped, "{rows} dropped as too long"),
-            (counts.cut, "{rows} with the middle of the prompt cut out as too long"),
+            (counts.cut, "{rows} cut as too long"),
             (
                 counts.spanning,
                 "{rows} with a token that spans prompt and answer: end the prompt without a trailing space and start "

@@ -6,6 +6,7 @@ a classifier. A placeholder is a name and nothing else: no attributes, no indexi
 
 from __future__ import annotations
 
+import dataclasses
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,16 @@ ALPACA = (
 NAMES = ("alpaca", "plain", "chat")
 
 
+@dataclass(frozen=True)
+class Inline:
+    """A template as a spec has it."""
+
+    prompt: str
+    completion: str | None = None
+    reference: str | None = None
+    replace: Mapping[str, str] = field(default_factory=dict)
+
+
 class Template(ABC):
     """Fields -> texts."""
 
@@ -57,6 +68,10 @@ class Template(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint; `template_from_dict` reads them."""
 
+    def render_reference(self, fields: Mapping[str, Any], *, where: str = "row") -> str | None:
+        """The text that an answer is scored against, where that is not the completion."""
+        return None
+
     def render_pair(self, fields: Mapping[str, Any], *, where: str = "prompt") -> str | None:
         """The second text of a pair, for tokenizers that join two texts themselves."""
         return None
@@ -75,12 +90,17 @@ class Template(ABC):
 
 @dataclass(frozen=True)
 class TextTemplate(Template):
-    """Text with placeholders; `prompt_without_input` is used for rows whose `input` is absent or empty."""
+    """Text with placeholders; `prompt_without_input` is used for rows whose `input` is absent or empty.
+
+    `replace` are texts that the completion has in other words than the row.
+    """
 
     prompt: str
     completion: str
     prompt_without_input: str | None = None
     name: str = "inline"
+    reference: str | None = None
+    replace: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prompt_fields(self) -> tuple[str, ...]:
@@ -95,7 +115,24 @@ class TextTemplate(Template):
 
     def render_completion(self, fields: Mapping[str, Any], *, where: str = "row") -> str:
         """The answer with its placeholders filled."""
-        return _fill(self.completion, fields, where=where)
+        text = _fill(self.completion, fields, where=where)
+        for old, new in self.replace.items():
+            text = text.replace(old, new)
+        return text
+
+    def render_reference(self, fields: Mapping[str, Any], *, where: str = "row") -> str | None:
+        """The reference with its placeholders filled; None if there is none, or the row has null in its place."""
+        if self.reference is None or any(fields.get(name, "") is None for name in placeholders(self.reference)):
+            return None
+        return _fill(self.reference, fields, where=where)
+
+    def after(self, examples: str) -> TextTemplate:
+        """The template with a text before each prompt, such as solved examples."""
+        literal = examples.replace("{", "{{").replace("}", "}}")
+        short = self.prompt_without_input
+        return dataclasses.replace(
+            self, prompt=literal + self.prompt, prompt_without_input=None if short is None else literal + short
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -105,6 +142,8 @@ class TextTemplate(Template):
             "prompt": self.prompt,
             "completion": self.completion,
             "prompt_without_input": self.prompt_without_input,
+            "reference": self.reference,
+            "replace": dict(self.replace),
         }
 
 
@@ -220,7 +259,7 @@ def template_from_dict(stored: Mapping[str, Any]) -> Template:
 
 
 def choose_template(
-    given: str | tuple[str, str | None] | None,
+    given: str | Inline | None,
     *,
     data_format: Format,
     task_kind: str,
@@ -229,12 +268,12 @@ def choose_template(
 ) -> Template:
     """The template that `data.template` means for rows of this format.
 
-    `given` is a name, an inline (prompt, completion), or None for the format's own. SpecError for an unknown name or
+    `given` is a name, an inline one, or None for the format's own. SpecError for an unknown name or
     placeholder; DataError if the rows have nothing for the task to learn.
     """
     learns_text = task_kind == "causal_lm"
-    if isinstance(given, tuple):
-        return _inline(*given, data_format=data_format, columns=columns, learns_text=learns_text)
+    if isinstance(given, Inline):
+        return _inline(given, data_format=data_format, columns=columns, learns_text=learns_text)
     if given is not None and given not in NAMES:
         raise SpecError(_unknown_template(given))
     if not learns_text and data_format.name not in ("text", "pair"):
@@ -289,9 +328,8 @@ def _chat(data_format: Format, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
     )
 
 
-def _inline(
-    prompt: str, completion: str | None, *, data_format: Format, columns: Sequence[str], learns_text: bool
-) -> TextTemplate:
+def _inline(given: Inline, *, data_format: Format, columns: Sequence[str], learns_text: bool) -> TextTemplate:
+    completion = given.completion
     if completion is None and data_format.answer is None and learns_text:
         raise SpecError(
             Problem("missing; the format has no answer of its own to put here", key="data.template.completion")
@@ -299,7 +337,8 @@ def _inline(
     if completion is None:
         completion = f"{{{data_format.answer}}}" if data_format.answer else ""
     names = tuple(dict.fromkeys((*data_format.columns, *data_format.needed, *data_format.optional, *columns)))
-    for key, text in (("data.template.prompt", prompt), ("data.template.completion", completion)):
+    for part, text in (("prompt", given.prompt), ("completion", completion), ("reference", given.reference or "")):
+        key = f"data.template.{part}"
         try:
             used = placeholders(text)
         except ValueError as error:
@@ -309,7 +348,7 @@ def _inline(
                 near = get_close_matches(name, names, n=1)
                 meant = f"; did you mean `{{{near[0]}}}`?" if near else ""
                 raise SpecError(Problem(f"`{{{name}}}` is no column; there are {', '.join(names)}{meant}", key=key))
-    return TextTemplate(prompt, completion)
+    return TextTemplate(given.prompt, completion, reference=given.reference, replace=given.replace)
 
 
 def _unknown_template(given: str) -> Problem:

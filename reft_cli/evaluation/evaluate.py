@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from reft_cli.data.batch import Batch, build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
-from reft_cli.evaluation.metrics import FROM_LOSS, score_classes, score_loss, score_numbers, score_texts
+from reft_cli.evaluation.extraction import Rule
+from reft_cli.evaluation.metrics import FROM_LOSS, by_source, score_classes, score_loss, score_numbers, score_texts
 from reft_cli.generation.decode import Decoding, decode_all
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
@@ -41,6 +42,8 @@ class Evaluator:
     decoding: Decoding
     batch_size: int
     token_budget: int
+    rule: Rule | None = None
+    """How the answer is found in generated text; None: all of it is the answer."""
 
     @property
     def new_tokens(self) -> int:
@@ -78,7 +81,8 @@ class Evaluator:
         loss = self.mean_loss(model, examples, edited=edited)
         metrics = {"loss": loss}
         samples: list[dict[str, Any]] = [
-            {"row": each.row, "prompt": each.prompt, "reference": each.completion} for each in examples
+            {"row": each.row, "prompt": each.prompt, "reference": each.reference or each.completion}
+            for each in examples
         ]
         if self.metric in FROM_LOSS:
             return Evaluation(metrics | {self.metric: score_loss(self.metric, loss)}, samples)
@@ -94,8 +98,25 @@ class Evaluator:
         )
         for sample, answer in zip(samples, answers, strict=True):
             sample |= {"prediction": answer.text, "finished": answer.finished}
-        predictions, references = [answer.text for answer in answers], [each.completion for each in examples]
-        return Evaluation(metrics | {self.metric: score_texts(self.metric, predictions, references)}, samples)
+        guesses, truths = self._compared([answer.text for answer in answers], examples)
+        if self.rule is not None:
+            for sample, guess in zip(samples, guesses, strict=True):
+                sample["answer"] = guess
+
+        def score(rows: list[int]) -> float:
+            return score_texts(self.metric, [guesses[row] for row in rows], [truths[row] for row in rows])
+
+        return Evaluation(metrics | by_source(self.metric, [each.source for each in examples], score), samples)
+
+    def _compared(self, texts: Sequence[str], examples: Sequence[Example]) -> tuple[list[str], list[str]]:
+        """(answers, references) as they are scored; a reference of its own is taken as it is."""
+        if self.rule is None:
+            return list(texts), [each.completion if each.reference is None else each.reference for each in examples]
+        rule, truths = self.rule, []
+        for each in examples:
+            own = rule.find(each.completion, reference=each.completion) or each.completion
+            truths.append(own if each.reference is None else each.reference)
+        return [rule.find(text, reference=truth.strip()) for text, truth in zip(texts, truths, strict=True)], truths
 
     @torch.inference_mode()
     def _head(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> Evaluation:
@@ -113,8 +134,11 @@ class Evaluator:
         if self.kind == "regression":
             numbers = [values[0] for values in rows]
             if self.metric not in FROM_LOSS:
-                metrics[self.metric] = score_numbers(
-                    self.metric, numbers, [float(each.label or 0) for each in examples]
+                marks = [float(each.label or 0) for each in examples]
+                metrics |= by_source(
+                    self.metric,
+                    [each.source for each in examples],
+                    lambda rows: score_numbers(self.metric, [numbers[i] for i in rows], [marks[i] for i in rows]),
                 )
             found: list[Any] = numbers
             wanted: list[Any] = [each.label for each in examples]
@@ -122,7 +146,13 @@ class Evaluator:
             classes = [max(range(len(values)), key=values.__getitem__) for values in rows]
             truths, names = [int(each.label or 0) for each in examples], self.labels or []
             if self.metric not in FROM_LOSS:
-                metrics[self.metric] = score_classes(self.metric, classes, truths, classes=len(names))
+                metrics |= by_source(
+                    self.metric,
+                    [each.source for each in examples],
+                    lambda rows: score_classes(
+                        self.metric, [classes[i] for i in rows], [truths[i] for i in rows], classes=len(names)
+                    ),
+                )
             found, wanted = [names[each] for each in classes], [names[each] for each in truths]
         samples = [
             {"row": each.row, "prompt": each.prompt, "reference": truth, "prediction": guess}

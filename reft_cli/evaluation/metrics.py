@@ -20,11 +20,26 @@ Texts = Sequence[str]
 Numbers = Sequence[float]
 
 
+def by_source(metric: str, sources: Sequence[str], score: Callable[[list[int]], float]) -> dict[str, float]:
+    """A score of all rows; where they are of several sources, that of each (`metric/source`), and their plain mean.
+
+    `score` takes the indices of rows.
+    """
+    rows: dict[str, list[int]] = {}
+    for index, name in enumerate(sources):
+        rows.setdefault(name, []).append(index)
+    if len(rows) < 2:
+        return {metric: score(list(range(len(sources))))}
+    scores = {f"{metric}/{name}": score(indices) for name, indices in rows.items()}
+    return {metric: sum(scores.values()) / len(scores)} | scores
+
+
 def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
     """A score of answers as text.
 
     exact_match and accuracy are shares; f1 is the macro mean over the references' labels.
-    numeric_match: the last number of the answer is within 1e-3 of the reference's last number; commas are dropped.
+    numeric_match: the last number of the answer is within 1e-3 of the reference's last number; commas are dropped. A
+    reference without a number, such as a letter, is compared as text.
     pearson and spearman read numbers the same way; an answer without one counts as 0.
     """
     assert references, "there is nothing to score"
@@ -37,7 +52,12 @@ def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
         return _matthews(guesses, truths)
     found, wanted = [last_number(text) for text in guesses], [last_number(text) for text in truths]
     if metric == "numeric_match":
-        hits = [a is not None and b is not None and abs(a - b) <= TOLERANCE for a, b in zip(found, wanted, strict=True)]
+        hits = [
+            abs(value - number) <= TOLERANCE
+            if value is not None and number is not None
+            else guess == truth and not NUMBER.search(truth)
+            for guess, truth, value, number in zip(guesses, truths, found, wanted, strict=True)
+        ]
         return sum(hits) / len(hits)
     return score_numbers(metric, [value or 0.0 for value in found], [value or 0.0 for value in wanted])
 

@@ -15,6 +15,7 @@ from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, 
 from reft_cli.data.fitting import check_fits
 from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator
+from reft_cli.evaluation.extraction import rule_of
 from reft_cli.evaluation.metrics import FROM_LOSS
 from reft_cli.generation.decode import Decoding
 from reft_cli.models.blocks import find_blocks, hidden_size
@@ -222,6 +223,7 @@ def evaluator_of(
         decoding=decoding,
         batch_size=batch_size,
         token_budget=2 * token_budget(device),
+        rule=rule_of(text.extraction),
     )
 
 

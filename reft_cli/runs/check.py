@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reft_cli.data.encode import Encoded
-from reft_cli.data.records import read_rows
 from reft_cli.data.report import DataReport, Token, render_row, report
 from reft_cli.models.loading import load_tokenizer
 from reft_cli.runs.assemble import (
@@ -18,7 +17,8 @@ from reft_cli.runs.assemble import (
 )
 from reft_cli.runs.estimate import Estimate, estimate
 from reft_cli.runs.execution import Execution, choose_execution
-from reft_cli.runs.texts import TrainingData, load_training_data, source_of
+from reft_cli.runs.sources import rows_of
+from reft_cli.runs.texts import TrainingData, load_training_data
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.tasks.objectives import TASKS
 from reft_cli.training.schedule import Order
@@ -99,7 +99,7 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
     if data.validation is not None:
         encoded["validation"] = data.validation
     if spec.data.test is not None:
-        encoded["test"] = data.text.encode(read_rows(source_of(spec.data, "test")))
+        encoded["test"] = data.text.encode(rows_of(spec, "test"))
     groups = data.text.positions.groups(tied=spec.intervention.tied)
     order = Order(len(data.train.examples), spec.train.global_batch_size, spec.train.seed)
     steps = order.steps(spec.train.epochs, spec.train.max_steps)

@@ -18,7 +18,8 @@ from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.session import Session, open_run
-from reft_cli.runs.texts import names_a_split, source_of, without_answers
+from reft_cli.runs.sources import names_a_split, rows_of
+from reft_cli.runs.texts import without_answers
 from reft_cli.spec.load import load_spec
 from reft_cli.training.observer import EvaluationRecord, Observer
 
@@ -133,12 +134,8 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
         spec = load_spec(session.found.run.resolved).spec
         if split == "validation" and isinstance(spec.data.validation, float):
             raise SpecError(f"data.validation of this run is a fraction ({spec.data.validation:g}); give --data")
-        source = source_of(spec.data, split)
-    else:
-        source = Source(path=data, split=None if names_a_split(data) else split)
-    if limit is not None:
-        source = Source(source.path, source.split, source.subset, source.revision, limit)
-    return read_rows(source)
+        return rows_of(spec, split, limit=limit)
+    return read_rows(Source(path=data, split=None if names_a_split(data) else split, limit=limit))
 
 
 def _keep(
@@ -154,6 +151,9 @@ def _keep(
             line["prediction"] = both["run"]
         if "base" in both:
             line["base_prediction"] = both["base"]
+        for which, result in results.items():
+            if "answer" in result.samples[index]:
+                line["answer" if which == "run" else "base_answer"] = result.samples[index]["answer"]
         samples.append(line)
     lines = "".join(json.dumps(finite(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_atomic(run.evaluation(name, suffix=".samples.jsonl"), lines)

@@ -16,15 +16,14 @@ from reft_cli.data.cache import Tell, cached, silent
 from reft_cli.data.encode import Encoded, Overflow, TaskKind, encode_examples, encode_prompts, fingerprint
 from reft_cli.data.examples import Example
 from reft_cli.data.formats import Format, choose_format, format_from_dict
-from reft_cli.data.records import Rows, Source, read_rows, split_off
-from reft_cli.data.templates import Template, choose_template, template_from_dict
-from reft_cli.errors import CheckpointError, SpecError
+from reft_cli.data.mixing import set_apart
+from reft_cli.data.records import Rows
+from reft_cli.data.templates import Inline, Template, TextTemplate, choose_template, template_from_dict
+from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.positions import Positions
-from reft_cli.spec.data import DataSpec, SourceSpec, TemplateSpec
-from reft_cli.spec.quoting import listed, printable
+from reft_cli.runs.sources import template_of, training_rows
+from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import Spec
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class TextSide:
     on_overflow: Overflow
     labels: tuple[str, ...] | None
     labels_given: bool
+    extraction: str | Mapping[str, Any] | None = None
 
     def encode(self, rows: Rows, *, tell: Tell = silent) -> Encoded:
         """Rows with answers or labels as examples, kept ones if there are any; `tell` hears what the cache did."""
@@ -95,6 +95,7 @@ class TextSide:
             append_eos=self.append_eos,
             max_length=self.max_length,
             on_overflow=self.on_overflow,
+            extraction=self.extraction if isinstance(self.extraction, str | None) else dict(self.extraction),
         )
 
 
@@ -117,20 +118,21 @@ def text_side_of(stored: TextIdentity, *, tokenizer: PreTrainedTokenizerBase, po
         on_overflow=stored.on_overflow,
         labels=tuple(stored.labels) if stored.labels else None,
         labels_given=stored.labels_given,
+        extraction=stored.extraction,
     )
 
 
 def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> TextSide:
     """The text side of a spec, with format and template chosen by the columns of its training rows."""
-    data, template = spec.data, spec.data.template
-    given = (template.prompt, template.completion) if isinstance(template, TemplateSpec) else template
-    columns = rows.columns
+    data, columns = spec.data, rows.columns
+    given = template_of(data)
+    extraction = spec.task.extraction
     data_format = choose_format(
         columns,
         where=rows.where(0),
         requested=data.format,
         mapping=data.columns,
-        any_columns=isinstance(given, tuple) and (given[1] is not None or spec.task.kind != "causal_lm"),
+        any_columns=isinstance(given, Inline) and (given.completion is not None or spec.task.kind != "causal_lm"),
     )
     return TextSide(
         tokenizer=tokenizer,
@@ -145,32 +147,8 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
         on_overflow=data.on_overflow,
         labels=tuple(spec.task.labels) if spec.task.labels else None,
         labels_given=spec.task.labels is not None,
+        extraction=extraction if isinstance(extraction, str | None) else extraction.model_dump(),
     )
-
-
-def source_of(data: DataSpec, split: str) -> Source:
-    """Where the rows of `train`, `validation` or `test` come from. SpecError: the spec does not say."""
-    if split not in SPLITS:
-        raise SpecError(f"--split {printable(split)}: the run's spec has {listed(SPLITS, last='and')}")
-    given = getattr(data, split)
-    if given is None:
-        raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")
-    assert not isinstance(given, float), "a fraction is not a source"
-    if isinstance(given, str):
-        return Source(path=given, split=None if names_a_split(given) else split)
-    path = given.path
-    if path is None:
-        train = data.train
-        path = train.path if isinstance(train, SourceSpec) else train
-    if path is None:
-        raise SpecError(f"data.{split}.path: missing, and data.train has none either")
-    chosen = given.split or (None if names_a_split(path) else split)
-    return Source(path=path, split=chosen, subset=given.subset, revision=given.revision, limit=given.limit)
-
-
-def names_a_split(path: str) -> bool:
-    """Whether a path is one split already: a file, or bundled:NAME/SPLIT."""
-    return path.endswith((".jsonl", ".json", ".csv", ".parquet")) or (path.startswith("bundled:") and "/" in path)
 
 
 @dataclass(frozen=True)
@@ -185,21 +163,38 @@ class TrainingData:
 
 def load_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase, *, tell: Tell = silent) -> TrainingData:
     """Read and encode the training and validation rows of a spec; `tell` hears what the cache did."""
-    rows, held_out = read_rows(source_of(spec.data, "train")), None
-    if isinstance(spec.data.validation, float):
-        rows, held_out = split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
-    elif spec.data.validation is not None:
-        held_out = read_rows(source_of(spec.data, "validation"))
+    rows, held_out = training_rows(spec)
     text = choose_text_side(spec, rows, tokenizer)
+    fingerprints = {"train": rows.fingerprint}
+    if spec.data.few_shot:
+        shots, rows = set_apart(rows, count=spec.data.few_shot, seed=spec.train.seed)
+        text = replace(text, template=_after(shots, text))
     train = text.encode(rows, tell=tell)
     text = replace(text, labels=train.classes)
     if held_out is not None and spec.evaluation.limit:
         held_out = held_out.take(range(min(spec.evaluation.limit, len(held_out))))
     validation = None if held_out is None else text.encode(held_out, tell=tell)
-    fingerprints = {"train": rows.fingerprint}
     if held_out is not None:
         fingerprints["validation"] = held_out.fingerprint
     return TrainingData(text, train, validation, fingerprints)
+
+
+def _after(shots: Rows, text: TextSide) -> Template:
+    """The template with solved rows before each prompt, a blank line after each. SpecError: it has turns, not text."""
+    template = text.template
+    if not isinstance(template, TextTemplate):
+        raise SpecError(
+            Problem(
+                "solved rows go before a text; write data.template with a prompt and a completion", key="data.few_shot"
+            )
+        )
+    solved = []
+    for index, row in enumerate(shots.rows):
+        where = shots.where(index)
+        fields = text.data_format.fields_of(row, where=where)
+        prompt, answer = template.render_prompt(fields, where=where), template.render_completion(fields, where=where)
+        solved.append(f"{prompt}{answer}\n\n")
+    return template.after("".join(solved))
 
 
 def without_answers(examples: Sequence[Example]) -> list[Example]:

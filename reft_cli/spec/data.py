@@ -10,21 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from reft_cli.spec.base import Conflict, PositiveInt, Section
 
 Column = Annotated[str, Field(min_length=1)]
-
-
-class SourceSpec(Section):
-    """Rows from a file, a folder or the hub."""
-
-    path: str | None = None
-    """File (.jsonl, .json, .csv, .parquet), folder, `bundled:NAME/SPLIT` or hub id; left out: that of `data.train`."""
-    split: str | None = None
-    """Split of a folder or hub data set; slices such as train[:1000] work."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    limit: PositiveInt | None = None
-    """Use only the first N rows."""
+Share = Literal["glue"] | PositiveInt | Annotated[float, Field(gt=0, lt=1)]
+SPLITS = ("train", "validation", "test")
 
 
 class TemplateSpec(Section):
@@ -34,8 +21,12 @@ class TemplateSpec(Section):
     """Text up to where the model takes over."""
     completion: str | None = None
     """Text that is learned; `{completion}` of the format if not given."""
+    reference: str | None = None
+    """Text that an answer is scored against; what `task.extraction` finds in the completion if not given."""
+    replace: dict[Column, str] = Field(default={})
+    """Texts that are written differently in the completion, as {in the file: in the answer}."""
 
-    @field_validator("prompt", "completion")
+    @field_validator("prompt", "completion", "reference")
     @classmethod
     def _braces(cls, text: str | None) -> str | None:
         try:
@@ -47,15 +38,54 @@ class TemplateSpec(Section):
         return text
 
 
+class SourceSpec(Section):
+    """Rows from a file, a folder, an address or the hub."""
+
+    path: str | None = None
+    """File (.jsonl, .json, .csv, .parquet), folder, https address of such a file, `bundled:NAME/SPLIT` or hub id; left
+    out: that of `data.train`."""
+    local: str | None = Field(default=None, min_length=1)
+    """Name of the data set's folder or file in `data.folder`, which then takes the place of `path`."""
+    split: str | None = None
+    """Split of a folder or hub data set; slices such as train[:1000] work."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    share: Share | None = None
+    """Use only rows drawn under train.seed: so many, or a fraction; glue: 1,000 of more than 5,000, else half."""
+    rest: bool = False
+    """Use the rows that `share` does not draw, in place of those that it draws."""
+    limit: PositiveInt | None = None
+    """Use only the first N rows."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often a row stands in an epoch; 2: twice, 0.5: every other one, drawn under train.seed."""
+    name: str | None = Field(default=None, min_length=1)
+    """What scores call this source where there are several; the last part of its path if not given."""
+    template: TemplateSpec | None = None
+    """Template of this source alone; takes the place of `data.template`."""
+
+    @model_validator(mode="after")
+    def _share_of_something(self) -> SourceSpec:
+        if self.rest and self.share is None:
+            raise Conflict("the rest of what? write `share` too", "rest", "share")
+        return self
+
+
+Sources = Annotated[list[SourceSpec], Field(min_length=1)]
+
+
 class DataSpec(Section):
     """Where rows come from and how they become tokens."""
 
-    train: str | SourceSpec | None = None
-    """Training rows; a path, hub id or `bundled:NAME/SPLIT`, or a mapping."""
-    validation: Annotated[float, Field(gt=0, lt=1)] | str | SourceSpec | None = None
+    folder: str | None = Field(default=None, min_length=1)
+    """Folder with copies of data sets, for sources with a `local` name."""
+    train: str | SourceSpec | Sources | None = None
+    """Training rows: a path, hub id or `bundled:NAME/SPLIT`, a mapping, or a list of mappings, which are mixed."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | str | SourceSpec | Sources | None = None
     """Rows for choosing the best checkpoint; like `train`, or a fraction of the training rows."""
-    test: str | SourceSpec | None = None
-    """Rows for `reft eval`."""
+    test: str | SourceSpec | Sources | None = None
+    """Rows for `reft eval`; of a list, each source has a score of its own and the mean counts."""
     format: Literal["auto", "completion", "alpaca", "messages", "text", "pair"] = "auto"
     """Columns that a row has. completion: prompt, completion. alpaca: instruction, input, output. messages: messages.
     text: text, label. pair: text, text_pair, label."""
@@ -63,21 +93,52 @@ class DataSpec(Section):
     """Column names, as {name of the format: name in the file}."""
     template: Literal["alpaca", "plain", "chat"] | TemplateSpec | None = None
     """alpaca, plain, chat (the tokenizer's own), or {prompt: …, completion: …}."""
+    few_shot: Annotated[int, Field(ge=0, le=64, strict=True)] = 0
+    """So many training rows, drawn under train.seed, stand solved before every prompt; they are not trained on."""
     append_eos: bool = True
     """End the answer with the end-of-sequence token, so that generation stops."""
     max_length: Annotated[int, Field(ge=8, strict=True)] = 512
     """Tokens in a row, prompt and answer together."""
-    on_overflow: Literal["error", "drop", "truncate_prompt"] = "error"
-    """Rows longer than max_length: stop, leave out, or cut the middle of the prompt (edited tokens stay)."""
+    on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"] = "error"
+    """Rows longer than max_length: stop, leave out, cut the middle of the prompt (edited tokens stay), or cut the end
+    of the answer, as pyreft does."""
 
     @model_validator(mode="after")
     def _paths(self) -> DataSpec:
-        if isinstance(self.train, SourceSpec) and self.train.path is None:
+        lone = self.train if isinstance(self.train, SourceSpec) else None
+        if lone is not None and lone.path is None and lone.local is None:
             raise Conflict("missing; it says where the training rows are", "train.path")
+        for split in SPLITS:
+            given = getattr(self, split)
+            for index, source in enumerate(given if isinstance(given, list) else ()):
+                if source.path is None and source.local is None:
+                    raise Conflict("missing; each source of a list says where its rows are", f"{split}.{index}.path")
         if self.train is None:
             if isinstance(self.validation, float):
                 raise Conflict("a fraction of the training rows, and data.train is not given", "validation", "train")
-            for key, source in (("validation", self.validation), ("test", self.test)):
-                if isinstance(source, SourceSpec) and source.path is None:
+            for key, each in (("validation", self.validation), ("test", self.test)):
+                if isinstance(each, SourceSpec) and each.path is None and each.local is None:
                     raise Conflict("missing, and there is no data.train to fall back on", f"{key}.path", "train")
         return self
+
+    @model_validator(mode="after")
+    def _folder(self) -> DataSpec:
+        for key, source in self.sources():
+            if source.path is None and source.local is not None and self.folder is None:
+                raise Conflict(
+                    f"`{source.local}` is a name in data.folder, which is not given", f"{key}.local", "folder"
+                )
+            if source.weight != 1 and not key.startswith("train"):
+                raise Conflict("a weight has a meaning in data.train only; remove it", f"{key}.weight")
+        return self
+
+    def sources(self) -> list[tuple[str, SourceSpec]]:
+        """(key, source) of every source that is a mapping."""
+        found: list[tuple[str, SourceSpec]] = []
+        for split in SPLITS:
+            given = getattr(self, split)
+            if isinstance(given, SourceSpec):
+                found.append((split, given))
+            elif isinstance(given, list):
+                found += [(f"{split}.{index}", source) for index, source in enumerate(given)]
+        return found

@@ -129,6 +129,8 @@ def _type_in_words(branch: Branch) -> str:
 
 def _item_in_words(branch: Branch) -> str:
     inner = branches(get_args(branch.type)[-1])
+    if inner[0].section:
+        return "mappings"
     return listed(options(inner)) if options(inner) else {int: "whole numbers", str: "text"}[inner[0].type]
 
 

@@ -10,19 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reft_cli.errors import Problem, SpecError
+from reft_cli.spec.data import SPLITS
 from reft_cli.spec.environment import substitute
 from reft_cli.spec.files import read_text
 from reft_cli.spec.quoting import KeyPath, yaml_text
+from reft_cli.spec.task import KINDS
 from reft_cli.spec.yaml_tree import Node, Origin, read_tree
 
 LONGEST_CHAIN = 20  # files below each other, and names in one `extends`
-# Keys that are a mapping or, for short, its most important value.
-SHORTHANDS: dict[KeyPath, str] = {
-    ("model",): "name",
-    ("data", "train"): "path",
-    ("data", "validation"): "path",
-    ("data", "test"): "path",
-}
+SOURCES = tuple(("data", split) for split in SPLITS)
 
 
 def merge(base: Node, top: Node, *, path: KeyPath = ()) -> Node:
@@ -38,9 +34,17 @@ def merge(base: Node, top: Node, *, path: KeyPath = ()) -> Node:
 
 def written_out(node: Node, *, path: KeyPath) -> Node:
     """`model: gpt2` as `model: {name: gpt2}`, wherever a string stands for a mapping."""
-    if path not in SHORTHANDS or not isinstance(node.value, str):
-        return node
-    return Node({SHORTHANDS[path]: node}, node.at, node.start)
+    key = _main_key(path, node.value) if isinstance(node.value, str) else None
+    return Node({key: node}, node.at, node.start) if key else node
+
+
+def _main_key(path: KeyPath, text: str) -> str | None:
+    """The key that a string is the value of, where it stands for a mapping."""
+    if path == ("model",):
+        return "name"
+    if path == ("task",):
+        return "kind" if text in KINDS else "suite"
+    return "path" if path[:2] in SOURCES and len(path) <= 3 else None
 
 
 @dataclass

@@ -1,20 +1,20 @@
-"""A spec from its file, the files it extends and `--set` flags, checked; every problem is reported at once."""
+"""A spec from its file, the files it extends, `--set` flags and its suite, checked; all problems are told at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reft_cli.errors import Problem, SpecError
 from reft_cli.spec.environment import substitute, unusable
-from reft_cli.spec.layering import Layers, written_out
+from reft_cli.spec.layering import Layers
 from reft_cli.spec.overrides import flag_name, override
 from reft_cli.spec.problems import validate
 from reft_cli.spec.quoting import KeyPath, dotted
 from reft_cli.spec.resolved import LoadedSpec, resolved_yaml
 from reft_cli.spec.schema import Spec
+from reft_cli.spec.suite import over_suite, shorthands_written_out
 from reft_cli.spec.yaml_tree import DEEPEST, Node, Origin
 
 __all__ = ["LoadedSpec", "Origin", "load_spec", "parse_spec", "resolved_yaml"]
@@ -30,17 +30,18 @@ def load_spec(path: Path, *, overrides: Sequence[str] = ()) -> LoadedSpec:
         raise SpecError(*_in_order([*layers.problems, *error.problems], [*layers.texts])) from None
     problems = layers.problems
     root = override(root, overrides, problems=problems)
-    root = _model_written_out(substitute(root, problems=problems))
+    root = shorthands_written_out(substitute(root, problems=problems))
+    root, preset = over_suite(root, problems=problems)
     spec = validate(root, problems=problems) if layers.whole else None
     if spec is None:
         raise SpecError(*_in_order(problems, [*layers.texts, *map(flag_name, overrides)]))
-    return LoadedSpec(spec, path, layers.texts[str(path)], dict(_origins(root)))
+    return LoadedSpec(spec, path, layers.texts[str(path)], dict(_origins(root)), preset)
 
 
 def parse_spec(tree: Mapping[str, Any], *, name: str) -> Spec:
     """Check a spec that is merged already, such as the one a run folder holds; `name` is what messages call it."""
     problems: list[Problem] = []
-    root = _model_written_out(_node(tree, Origin(file=name), problems))
+    root = shorthands_written_out(_node(tree, Origin(file=name), problems))
     if not isinstance(root.value, dict):
         raise SpecError(root.at.problem("a spec is a mapping of keys such as `model:`"))
     spec = validate(root, problems=problems)
@@ -49,13 +50,6 @@ def parse_spec(tree: Mapping[str, Any], *, name: str) -> Spec:
     if spec is None or problems:
         raise SpecError(*problems)
     return spec
-
-
-def _model_written_out(root: Node) -> Node:
-    if not isinstance(root.value, dict) or "model" not in root.value:
-        return root
-    model = written_out(root.value["model"], path=("model",))
-    return replace(root, value={**root.value, "model": model})
 
 
 def _node(value: Any, here: Origin, problems: list[Problem], path: KeyPath = ()) -> Node:  # noqa: ANN401  JSON

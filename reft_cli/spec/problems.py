@@ -6,6 +6,7 @@ wrong is taken out and the rest is looked at again until nothing is left to say,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -37,6 +38,7 @@ OTHER_WORDS = {
     "fp32": "float32",
     "nodireft": "direft",
 }
+CHECKED = re.compile(r"function-\w+\[\w+\(\), (\w+)\]")  # how pydantic names a section with checks of its own
 STAND_IN = "?"  # the value of a required key whose own value is wrong, so that the rest can be checked
 
 
@@ -139,7 +141,7 @@ def _locate(error: ErrorDetails, root: Node) -> _Found | None:
             meant = _meant(wanted, node)
             if meant is None:
                 break
-            if part != _label(meant):
+            if CHECKED.sub(r"\1", str(part)) != _label(meant):
                 return None
             wanted = [meant]
             continue
@@ -147,10 +149,15 @@ def _locate(error: ErrorDetails, root: Node) -> _Found | None:
         wanted = wanted[0].inside(part) if wanted else []
         node = node.child(part) if node else None
     cause = error.get("ctx", {}).get("error")
-    keys = tuple((*path, *key.split(".")) for key in cause.keys) if isinstance(cause, Conflict) else ()
+    keys = tuple((*path, *_parts(key)) for key in cause.keys) if isinstance(cause, Conflict) else ()
     if keys:
-        path = next((key for key in keys if _node_at(root, key)), keys[0])
+        there = [(key, node) for key in keys if (node := _node_at(root, key))]
+        path = next((key for key, node in there if not node.at.suite), there[0][0] if there else keys[0])
     return _Found(path, tuple(wanted), error, keys)
+
+
+def _parts(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def _meant(wanted: list[Branch], node: Node | None) -> Branch | None:
@@ -200,11 +207,21 @@ def _problem(item: _Found, root: Node) -> Problem:
         message, hint = _unknown_key(item.path)
     elif item.error["type"] == "missing":
         message = _missing(item.path)
+    elif item.error["type"] == "too_short":
+        message = f"at least {item.error['ctx']['min_length']} are needed"
     elif isinstance(cause, ValueError):
         message = printable(str(cause), limit=400)
     else:
         message, hint = _wrong_value(node, list(item.wanted))
+    if not hint:
+        hint = _of_a_suite(item, root)
     return node.at.problem(message, key=dotted(item.path), hint=hint)
+
+
+def _of_a_suite(item: _Found, root: Node) -> str | None:
+    """How to get rid of a suite's value that excludes one of the user's."""
+    there = [(key, node) for key in item.keys if (node := _node_at(root, key)) and node.at.suite]
+    return f"{dotted(there[0][0])} is of {there[0][1].at.suite}; write another, or null" if there else None
 
 
 def _unknown_key(path: KeyPath) -> tuple[str, str | None]:

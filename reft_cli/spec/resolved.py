@@ -14,6 +14,7 @@ from reft_cli.spec.environment import escape
 from reft_cli.spec.quoting import KeyPath, printable, yaml_inline
 from reft_cli.spec.schema import Spec
 from reft_cli.spec.yaml_tree import Origin
+from reft_cli.suites import Preset
 
 INDENT = "  "
 
@@ -23,17 +24,18 @@ class LoadedSpec:
     """A spec and where it came from.
 
     `text` is the file as it was written. `origins` has the place of every key and list item that was given; what is
-    not in it is a default. The spec's `extends` is empty: what it named is merged.
+    not in it is a default. The spec's `extends` is empty: what it named is merged. `preset` is what lies below it all.
     """
 
     spec: Spec
     path: Path
     text: str
     origins: Mapping[KeyPath, Origin]
+    preset: Preset | None = None
 
 
 def resolved_yaml(loaded: LoadedSpec) -> str:
-    """YAML of every key, one a line, with a comment: `train.yaml:4`, `--set train.seed=3` or `default`."""
+    """YAML of every key, one a line, with a comment: `train.yaml:4`, `--set train.seed=3`, a suite or `default`."""
     rows = list(_rows(loaded, loaded.spec, ()))
     width = min(max(len(left) for left, _ in rows), 60)
     return "".join(f"{left:<{width}}  # {origin}\n" if origin else f"{left}\n" for left, origin in rows)
@@ -48,7 +50,14 @@ def _rows(loaded: LoadedSpec, section: BaseModel, path: KeyPath) -> Iterator[tup
             yield margin, ""
             yield from _rows(loaded, value, here)
         else:
-            yield f"{margin} {yaml_inline(_escaped(value))}", _comment(loaded, here)
+            yield f"{margin} {yaml_inline(_escaped(_plain(value)))}", _comment(loaded, here)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  a scalar, list or mapping, with sections in lists
+    """Sections in a list as mappings of the keys that differ from their defaults."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
 
 
 def _escaped(value: Any) -> Any:  # noqa: ANN401  a scalar, list or mapping of scalars
@@ -67,12 +76,12 @@ def _comment(loaded: LoadedSpec, path: KeyPath) -> str:
     places: dict[str | None, str] = {}
     for key, origin in loaded.origins.items():
         if key[: len(path)] == path:
-            places.setdefault(origin.flag or origin.file, _name(origin, loaded))
+            places.setdefault(origin.flag or origin.file or origin.suite, _name(origin, loaded))
     return ", ".join(places.values()) or "default"
 
 
 def _name(origin: Origin, loaded: LoadedSpec) -> str:
     if origin.file is None:
-        return origin.flag or ""
+        return origin.flag or origin.suite or ""
     file = os.path.relpath(origin.file, loaded.path.parent)
     return printable(f"{file}:{origin.line}", limit=200)

@@ -16,7 +16,7 @@ from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.spec.base import Conflict, Fraction, PositiveInt, Section, Words
 from reft_cli.spec.data import DataSpec
-from reft_cli.spec.task import Metric, TaskSpec, check_metric
+from reft_cli.spec.task import KINDS, Metric, TaskSpec, check_metric
 
 COLDEST = 1e-4  # temperatures below it divide logits into infinity
 Layers = Annotated[Literal["all"] | list[int] | str, Words("all, a list such as [4, 6], or text such as 0-15/2")]
@@ -270,8 +270,8 @@ class Spec(Section):
     """The frozen base model: a hub id, a folder, `bundled:NAME`, or a mapping."""
     intervention: InterventionSpec = InterventionSpec()
     """What is learned, and where."""
-    task: TaskSpec = TaskSpec()
-    """The objective and how it is scored."""
+    task: Annotated[TaskSpec, Words("text or a mapping with a `kind` or `suite`")] = TaskSpec()
+    """The objective and how it is scored: a kind, a suite such as commonsense or glue/sst2, or a mapping."""
     data: DataSpec = DataSpec()
     """Where rows come from and how they become tokens."""
     train: TrainSpec = TrainSpec()
@@ -297,6 +297,11 @@ class Spec(Section):
     def _model_by_name(cls, given: Any) -> Any:  # noqa: ANN401  pydantic hands over what the file held
         return {"name": given} if isinstance(given, str) else given
 
+    @field_validator("task", mode="before", json_schema_input_type=str | TaskSpec)
+    @classmethod
+    def _task_by_name(cls, given: Any) -> Any:  # noqa: ANN401  pydantic hands over what the file held
+        return ({"kind": given} if given in KINDS else {"suite": given}) if isinstance(given, str) else given
+
     @field_validator("output")
     @classmethod
     def _only_the_name(cls, text: str) -> str:
@@ -313,6 +318,9 @@ class Spec(Section):
                 raise Conflict("there are no validation rows to go by; give data.validation", key, "data.validation")
             if value is not None and self.evaluation.every == "never":
                 raise Conflict("there is no validation while evaluation.every is never", key, "evaluation.every")
+        for key in self._of_answers():
+            if self.task.kind != "causal_lm":
+                raise Conflict(f"no answer is written with task.kind {self.task.kind}; remove it", key, "task.kind")
         if self.intervention.positions == "generated" and self.task.kind != "causal_lm":
             raise Conflict(
                 f"nothing is generated with task.kind {self.task.kind}; write f7+l7, prompt or all",
@@ -320,3 +328,9 @@ class Spec(Section):
                 "task.kind",
             )
         return self
+
+    def _of_answers(self) -> list[str]:
+        """Keys that are given and have a meaning for written answers only."""
+        keys = ["data.few_shot"] if self.data.few_shot else []
+        keys += ["data.on_overflow"] if self.data.on_overflow == "truncate_answer" else []
+        return keys + [f"data.{key}.template" for key, source in self.data.sources() if source.template is not None]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from typing import Literal
+from difflib import get_close_matches
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from reft_cli.spec.base import Conflict, Section
+from reft_cli.suites import SUITES
 
+Kind = Literal["causal_lm", "classification", "regression"]
+KINDS = get_args(Kind)
 Metric = Literal[
     "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "numeric_match", "loss", "perplexity"
 ]
@@ -23,15 +28,77 @@ FITTING_METRICS: dict[str, tuple[str, ...]] = {  # causal_lm: all
 }
 
 
+class ExtractionSpec(Section):
+    """How the answer is found in generated text. Nothing found: the answer is wrong."""
+
+    after: str | None = Field(default=None, min_length=1)
+    """The answer is what stands behind the first occurrence of this text."""
+    remove: list[str] = Field(default=[])
+    """Texts that are taken out first, such as commas in numbers."""
+    pattern: str | None = Field(default=None, min_length=1)
+    """Regular expression of the answer: its first group if it has one, else the whole match."""
+    take: Literal["first", "last"] = "first"
+    """Which match counts."""
+    ignore_case: bool = False
+    """Whether the pattern matches capitals and small letters alike."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+    @field_validator("remove")
+    @classmethod
+    def _no_empty_text(cls, remove: list[str]) -> list[str]:
+        if "" in remove:
+            raise ValueError("an empty text stands everywhere; remove it")
+        return remove
+
+    @model_validator(mode="after")
+    def _something(self) -> ExtractionSpec:
+        if self.after is None and self.pattern is None:
+            raise Conflict("missing; write `after` or `pattern`, which say where the answer is", "pattern")
+        if self.pattern is None and (self.take == "last" or self.ignore_case):
+            key = "take" if self.take == "last" else "ignore_case"
+            raise Conflict("has a meaning with a pattern only", key, "pattern")
+        return self
+
+
 class TaskSpec(Section):
     """The objective and how it is scored."""
 
-    kind: Literal["causal_lm", "classification", "regression"] = "causal_lm"
+    suite: str | None = None
+    """A published task, whose data, prompt, scoring and hyperparameters lie below this file; see `reft tasks`."""
+    recipe: str | None = None
+    """Which of the suite's recipes, where several are published for the method; see `reft tasks show SUITE`."""
+    kind: Kind = "causal_lm"
     """causal_lm: loss on the answer's tokens; classification, regression: a head that is trained along."""
     metric: Metric | None = None
     """Score of `reft eval`; exact_match for causal_lm, accuracy for classification, pearson for regression."""
+    extraction: (
+        Literal["number", "number_strict", "letter", "letter_strict", "arithmetic", "arithmetic_strict"]
+        | ExtractionSpec
+        | None
+    ) = None
+    """How the answer is found in generated text; all of it if not given. number: the last one, letter: the first of A
+    to E, arithmetic: whichever the reference is, each as published; …_strict: without the mistakes of that rule."""
     labels: list[str] | None = Field(default=None, min_length=2)
     """Names of the classes, in the order of the label numbers; found in the training data if not given."""
+
+    @field_validator("suite")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in SUITES:
+            near = get_close_matches(name.lower(), [*KINDS, *SUITES], 1, 0.5)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(
+                f"`{name}` is neither a kind ({', '.join(KINDS)}) nor a suite; `reft tasks` lists them{meant}"
+            )
+        return name
 
     @model_validator(mode="after")
     def _metric_fits(self) -> TaskSpec:
@@ -40,6 +107,10 @@ class TaskSpec(Section):
         check_metric(self.metric, self.kind, "metric", "kind")
         if self.labels and self.kind == "regression":
             raise Conflict("labels have no meaning for regression; remove them", "labels", "kind")
+        if self.extraction is not None and self.kind != "causal_lm":
+            raise Conflict(f"nothing is generated with task.kind {self.kind}; remove it", "extraction", "kind")
+        if self.recipe is not None and self.suite is None:
+            raise Conflict("a recipe belongs to a suite; write task.suite too", "recipe", "suite")
         return self
 
     @field_validator("labels")

@@ -25,12 +25,13 @@ Contained = yaml.ScalarEvent | yaml.SequenceStartEvent | yaml.MappingStartEvent
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written: a place in a file, or a flag such as `--set train.seed=3`."""
+    """Where a value was written: a place in a file, a flag such as `--set train.seed=3`, or a suite."""
 
     file: str | None = None
     line: int | None = None
     column: int | None = None
     flag: str | None = None
+    suite: str | None = None
 
     def at(self, mark: Mark | None) -> Origin:
         """The same file at a mark of the parser; a flag has no lines."""
@@ -40,7 +41,7 @@ class Origin:
 
     def problem(self, message: str, *, key: str | None = None, hint: str | None = None) -> Problem:
         """A problem at this place."""
-        return Problem(message, self.flag or self.file, self.line, self.column, key, hint)
+        return Problem(message, self.flag or self.file or self.suite, self.line, self.column, key, hint)
 
 
 @dataclass(frozen=True)

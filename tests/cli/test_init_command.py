@@ -7,7 +7,7 @@ import pytest
 
 from reft_cli.cli.init import Task
 from reft_cli.data.records import read_rows
-from reft_cli.runs.texts import source_of
+from reft_cli.runs.sources import source_of
 from reft_cli.spec import json_schema, load_spec
 
 

@@ -54,7 +54,7 @@ def test_every_warning_is_a_sentence():
     found = report(encoded([example(4, 9, 1)], counts=counts), positions=Positions.parse("f7+l7"))
     assert found.warnings == [
         "train.jsonl: 37 of 8,192 rows dropped as too long (first: row 12)",
-        "train.jsonl: 1 of 8,192 rows with the middle of the prompt cut out as too long (first: row 5)",
+        "train.jsonl: 1 of 8,192 rows cut as too long (first: row 5)",
         "train.jsonl: 3 of 8,192 rows with a token that spans prompt and answer: end the prompt without a trailing "
         "space and start the answer with one (first: row 2)",
         "train.jsonl: 4 of 8,192 rows with other prompt tokens than the same prompt has without its answer "

@@ -12,7 +12,7 @@ from tokenizers import normalizers
 from reft_cli.data.encode import Example, cut_middle, encode_examples, encode_prompts, fingerprint
 from reft_cli.data.formats import choose_format
 from reft_cli.data.records import Rows
-from reft_cli.data.templates import choose_template
+from reft_cli.data.templates import Inline, choose_template
 from reft_cli.errors import DataError, ReftError, SpecError
 from reft_cli.positions import Positions
 from small_tokenizers import byte_level, unigram, word_piece, wrapped
@@ -31,6 +31,7 @@ def prepared(rows, *, tokenizer=None, template=None, kind="causal_lm", requested
     chosen = choose_format(
         columns, where="train.jsonl:1", requested=requested, mapping=mapping, any_columns=isinstance(template, tuple)
     )
+    template = Inline(*template) if isinstance(template, tuple) else template
     made = choose_template(template, data_format=chosen, task_kind=kind, columns=columns, tokenizer=tokenizer)
     return {"tokenizer": tokenizer, "data_format": chosen, "template": made, "task_kind": kind}
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_cli.data.formats import FORMATS, choose_format
-from reft_cli.data.templates import BareTemplate, TextTemplate, choose_template, placeholders, template_from_dict
+from reft_cli.data.templates import (
+    BareTemplate,
+    Inline,
+    TextTemplate,
+    choose_template,
+    placeholders,
+    template_from_dict,
+)
 from reft_cli.errors import DataError, ReftError, SpecError
 from small_tokenizers import CHAT, byte_level
 
@@ -16,6 +23,7 @@ PLACE = "train.jsonl:3"
 
 
 def choose(given=None, *, name="completion", kind="causal_lm", columns=None, chat=True, mapping=None):
+    given = Inline(*given) if isinstance(given, tuple) else given
     columns = list(columns or FORMATS[name].needed)
     chosen = choose_format(columns, where=PLACE, requested=name, mapping=mapping)
     return choose_template(given, data_format=chosen, task_kind=kind, columns=columns, tokenizer=byte_level(chat=chat))

@@ -1,0 +1,162 @@
+"""The rows that a spec's `data` section means: one source or several, shares, weights, templates of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from reft_cli.data.formats import COLUMNS
+from reft_cli.data.mixing import draw, mix, repeat
+from reft_cli.data.records import ALIASES, READERS, Rows, Source, read_rows, split_off
+from reft_cli.data.templates import Inline, TextTemplate
+from reft_cli.errors import Problem, SpecError
+from reft_cli.spec.data import SPLITS, DataSpec, SourceSpec, TemplateSpec
+from reft_cli.spec.quoting import listed, printable
+from reft_cli.spec.schema import Spec
+
+RENDERED = Inline("{prompt}", "{completion}", "{reference}")
+"""The template of rows whose sources have had templates of their own."""
+
+
+def training_rows(spec: Spec) -> tuple[Rows, Rows | None]:
+    """(training rows, validation rows or None)."""
+    rows = rows_of(spec, "train")
+    if isinstance(spec.data.validation, float):
+        return split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
+    return rows, None if spec.data.validation is None else rows_of(spec, "validation")
+
+
+def rows_of(spec: Spec, split: str, *, limit: int | None = None) -> Rows:
+    """The rows of a split, or the first `limit` of each of its sources. SpecError: the spec does not say where."""
+    data, seed = spec.data, spec.train.seed
+    _check_split(data, split)
+    given = getattr(data, split)
+    if not isinstance(given, list):
+        return _rows_of_source(data, given, split, seed=seed, limit=limit, own=_has_own_templates(data))
+    parts = [
+        (name, _rows_of_source(data, source, split, seed=seed, limit=limit, own=_has_own_templates(data)))
+        for name, source in zip(_names(given), given, strict=True)
+    ]
+    return mix(parts)
+
+
+def template_of(data: DataSpec) -> str | Inline | None:
+    """The template that a run's rows are read with."""
+    if _has_own_templates(data):
+        return RENDERED
+    return _inline(data.template) if isinstance(data.template, TemplateSpec) else data.template
+
+
+def source_of(data: DataSpec, split: str) -> Source:
+    """Where the rows of a split with a single source come from. SpecError: the spec does not say."""
+    _check_split(data, split)
+    return _source(data, getattr(data, split), split)
+
+
+def names_a_split(path: str) -> bool:
+    """Whether a path is one split already: a file, or bundled:NAME/SPLIT."""
+    return path.endswith((".jsonl", ".json", ".csv", ".parquet")) or (path.startswith("bundled:") and "/" in path)
+
+
+def _check_split(data: DataSpec, split: str) -> None:
+    if split not in SPLITS:
+        raise SpecError(f"--split {printable(split)}: the run's spec has {listed(SPLITS, last='and')}")
+    if getattr(data, split) is None:
+        raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")
+    assert not isinstance(getattr(data, split), float), "a fraction is not a source"
+
+
+def _source(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
+    if isinstance(given, str):
+        return Source(path=given, split=None if names_a_split(given) else split)
+    path = _local(data.folder, given.local, given.split or split) if data.folder and given.local else given.path
+    if path is None:
+        train = data.train
+        path = train.path if isinstance(train, SourceSpec) else train if isinstance(train, str) else None
+    if path is None:
+        raise SpecError(f"data.{split}.path: missing, and data.train has none either")
+    named = names_a_split(path)
+    chosen = _slice(given.split) if named and path != given.path else given.split
+    limit = None if given.share is not None else given.limit
+    remote = path == given.path
+    return Source(
+        path=path,
+        split=chosen or (None if named else split),
+        subset=given.subset if remote else None,
+        revision=given.revision if remote else None,
+        limit=limit,
+    )
+
+
+def _local(folder: str, name: str, split: str) -> str:
+    """A data set in the user's folder: `FOLDER/NAME`, or the file `FOLDER/NAME.SPLIT.jsonl`."""
+    path = Path(os.path.expanduser(folder)) / name
+    if not path.exists():
+        word = split.partition("[")[0]
+        words = next((aliases for aliases in ALIASES.values() if word in aliases), (word,))
+        files = [path.with_name(f"{path.name}.{each}{ending}") for each in words for ending in READERS]
+        path = next((file for file in files if file.exists()), path)
+    return str(path)
+
+
+def _slice(split: str | None) -> str | None:
+    """`train[:10]` of a file that is a split already is `[:10]`."""
+    _, bracket, rest = (split or "").partition("[")
+    return bracket + rest or None
+
+
+def _rows_of_source(
+    data: DataSpec, given: str | SourceSpec, split: str, *, seed: int, limit: int | None, own: bool
+) -> Rows:
+    rows = read_rows(_source(data, given, split))
+    if isinstance(given, SourceSpec):
+        if given.share is not None:
+            rows = draw(rows, share=given.share, seed=seed, rest=given.rest)
+            rows = rows.take(range(min(given.limit or len(rows), len(rows))))
+        if given.weight != 1:
+            rows = repeat(rows, weight=given.weight, seed=seed)
+    if limit is not None:
+        rows = rows.take(range(min(limit, len(rows))))
+    return _rendered(rows, data, given) if own else rows
+
+
+def _has_own_templates(data: DataSpec) -> bool:
+    return any(source.template is not None for _, source in data.sources())
+
+
+def _rendered(rows: Rows, data: DataSpec, given: str | SourceSpec) -> Rows:
+    """Rows as prompt, completion and reference, by the source's own template or by `data.template`."""
+    own = given.template if isinstance(given, SourceSpec) else None
+    chosen = own or (data.template if isinstance(data.template, TemplateSpec) else None)
+    if chosen is None or chosen.completion is None:
+        raise SpecError(
+            Problem(
+                f"{rows.name}: where one source has a template, each needs one with a prompt and a completion, "
+                "its own or data.template",
+                key="data.template",
+            )
+        )
+    template = TextTemplate(chosen.prompt, chosen.completion, reference=chosen.reference, replace=chosen.replace)
+    made = []
+    for index, row in enumerate(rows.rows):
+        where = rows.where(index)
+        fields = COLUMNS.fields_of(row, where=where)
+        answer = template.render_completion(fields, where=where)
+        reference = template.render_reference(fields, where=where)
+        prompt = template.render_prompt(fields, where=where)
+        made.append({"prompt": prompt, "completion": answer, "reference": reference})
+    return Rows(rows.name, made, rows.numbers, rows.lines, rows.places, rows.sources)
+
+
+def _inline(given: TemplateSpec) -> Inline:
+    return Inline(given.prompt, given.completion, given.reference, given.replace)
+
+
+def _names(sources: Sequence[SourceSpec]) -> list[str]:
+    """A name for each source: its own, or the last part of its path; a number is added where two are alike."""
+    names: list[str] = []
+    for source in sources:
+        name = source.name or Path(source.local or source.path or "").stem or "source"
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names

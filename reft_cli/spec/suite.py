@@ -1,0 +1,116 @@
+"""The lowest layer of a spec: the suite that `task` names, below the file and everything that the file extends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+from reft_cli.errors import Problem
+from reft_cli.spec.data import SPLITS
+from reft_cli.spec.layering import merge, written_out
+from reft_cli.spec.quoting import listed, printable
+from reft_cli.spec.schema import Method
+from reft_cli.spec.yaml_tree import Node, Origin
+from reft_cli.suites import SUITES, Default, Preset, Suite, preset
+
+# A mapping with this key is no part of the suite's mapping, but one of its own.
+WHOLE: dict[tuple[str, ...], str] = {
+    ("data", "template"): "completion",
+    **{("data", split): "path" for split in SPLITS},
+}
+
+
+def shorthands_written_out(root: Node) -> Node:
+    """The tree with `model`, `task` and the sources in lists as mappings, where they are strings."""
+    root = _changed(root, ("model",), lambda node: written_out(node, path=("model",)))
+    root = _changed(root, ("task",), lambda node: written_out(node, path=("task",)))
+    for split in SPLITS:
+        root = _changed(root, ("data", split), lambda node, split=split: _items_written_out(node, split))  # type: ignore[misc]
+    return root
+
+
+def over_suite(root: Node, *, problems: list[Problem]) -> tuple[Node, Preset | None]:
+    """(the tree over its suite's values, what those are); the tree itself if it names no suite that there is."""
+    name = _value(root, "task", "suite")
+    suite = SUITES.get(name) if isinstance(name, str) else None
+    if suite is None:
+        return root, None
+    given = _value(root, "intervention", "method")
+    method = given if given in get_args(Method) else "loreft"
+    recipe = _value(root, "task", "recipe")
+    chosen = preset(suite, method=method, recipe=recipe if isinstance(recipe, str) else None)
+    if chosen is None:
+        problems.append(_no_recipe(root, suite, method))
+        chosen = preset(suite, method=method)
+        assert chosen is not None, "every suite has something for every method"
+    return merge(_less_replaced(_tree(chosen), root), root), chosen
+
+
+def _no_recipe(root: Node, suite: Suite, method: str) -> Problem:
+    node = root.child("task")
+    node = node.child("recipe") if node else None
+    assert node is not None, "a recipe that is not there cannot be wrong"
+    known = [each.name for each in suite.recipes_of(method)]
+    there = f"write {listed(known)}" if known else "there is none; remove it"
+    shown = printable(str(node.value))
+    return node.at.problem(f"`{shown}` is no recipe of {suite.name} for {method}; {there}", key="task.recipe")
+
+
+def _tree(chosen: Preset) -> Node:
+    root = Node({}, Origin(suite=f"suite {chosen.suite.name}"), Origin())
+    for default in chosen.defaults:
+        root = _put(root, default.key.split("."), default, chosen.suite)
+    return root
+
+
+def _put(node: Node, path: list[str], default: Default, suite: Suite) -> Node:
+    here = Origin(suite=f"suite {suite.name} ({default.source})")
+    if not path:
+        return _node(default.value, here)
+    assert isinstance(node.value, dict)
+    inner = node.value.get(path[0], Node({}, here, here))
+    return replace(node, value={**node.value, path[0]: _put(inner, path[1:], default, suite)})
+
+
+def _node(value: Any, here: Origin) -> Node:  # noqa: ANN401  a plain value
+    if isinstance(value, Mapping):
+        return Node({key: _node(item, here) for key, item in value.items()}, here, here)
+    if isinstance(value, list):
+        return Node([_node(item, here) for item in value], here, here)
+    return Node(value, here, here, text=str(value), plain=not isinstance(value, str))
+
+
+def _less_replaced(base: Node, root: Node) -> Node:
+    """The suite's tree without the mappings that the user's take the place of."""
+    for path, key in WHOLE.items():
+        user = root
+        for part in path:
+            user = user.child(part) or Node(None, user.at, user.at)
+        if isinstance(user.value, dict) and key in user.value:
+            base = _changed(base, path, lambda node: Node({}, node.at, node.start))
+    return base
+
+
+def _items_written_out(node: Node, split: str) -> Node:
+    if not isinstance(node.value, list):
+        return node
+    items = [written_out(item, path=("data", split, index)) for index, item in enumerate(node.value)]
+    return replace(node, value=items)
+
+
+def _changed(root: Node, path: tuple[str, ...], change: Any) -> Node:  # noqa: ANN401  Node -> Node
+    """The tree with `change` applied to the node at `path`, if there is one."""
+    if not path:
+        changed: Node = change(root)
+        return changed
+    inner = root.child(path[0])
+    if inner is None or not isinstance(root.value, dict):
+        return root
+    return replace(root, value={**root.value, path[0]: _changed(inner, path[1:], change)})
+
+
+def _value(root: Node, section: str, key: str) -> Any:  # noqa: ANN401  whatever the file held
+    inner = root.child(section)
+    found = inner.child(key) if inner else None
+    return found.value if found and not found.broken else None
