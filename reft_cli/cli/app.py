@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from reft_cli import __version__
-from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, train
+from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, tasks, train
 from reft_cli.environment import versions, without_secrets
 from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ReftError
 
@@ -42,6 +42,7 @@ app.command("infer")(infer.infer)
 app.command("check")(check.check)
 app.command()(init.init)
 app.command()(schema.schema)
+app.add_typer(tasks.app)
 app.add_typer(runs.app)
 app.command()(doctor.doctor)
 

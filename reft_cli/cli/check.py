@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from reft_cli.data.report import DataReport, Token
     from reft_cli.runs import CheckReport
-    from reft_cli.runs.check import ModelReport
+    from reft_cli.runs.check import ModelReport, SuiteReport
     from reft_cli.runs.execution import Execution
 
 ESCAPES = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})
@@ -48,6 +48,8 @@ def check(
 
 def _print(report: CheckReport) -> None:
     facts = [["spec", f"{report.spec}: ok"]]
+    if report.suite:
+        facts += _suite_facts(report.suite)
     if report.model:
         facts += _model_facts(report.model)
     each = f"{report.steps_per_epoch:,} an epoch"
@@ -62,6 +64,13 @@ def _print(report: CheckReport) -> None:
         else:
             console.result(marked(row.tokens))
     console.result(f"\nnext: {report.next_command}")
+
+
+def _suite_facts(suite: SuiteReport) -> list[list[str]]:
+    recipe = f", recipe {suite.recipe}" if suite.recipe else ""
+    facts = [["suite", f"{suite.name}{recipe}: {', '.join(suite.keys)}"]]
+    facts += [["not of it", ", ".join(suite.replaced)]] if suite.replaced else []
+    return facts + [["note", note] for note in suite.notes]
 
 
 def _model_facts(model: ModelReport) -> list[list[str]]:

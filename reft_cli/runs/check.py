@@ -33,10 +33,25 @@ class RenderedRow:
 
 
 @dataclass(frozen=True)
+class SuiteReport:
+    """What a suite brought to a spec."""
+
+    name: str
+    recipe: str | None
+    keys: list[str]
+    """Keys whose value is the suite's."""
+    replaced: list[str]
+    """Keys of the suite that the spec gives another value."""
+    notes: list[str]
+    """What was published otherwise, or cannot be known."""
+
+
+@dataclass(frozen=True)
 class CheckReport:
-    """What `reft check` shows. The model's numbers are None without a model."""
+    """What `reft check` shows. The model's numbers are None without a model, the suite's without a suite."""
 
     spec: str
+    suite: SuiteReport | None
     data: dict[str, DataReport]
     rows: list[RenderedRow]
     steps: int
@@ -48,6 +63,7 @@ class CheckReport:
         """Plain values, for --json."""
         return {
             "spec": self.spec,
+            "suite": asdict(self.suite) if self.suite else None,
             "data": {split: each.to_dict() for split, each in self.data.items()},
             "rows": [asdict(row) for row in self.rows],
             "steps": self.steps,
@@ -105,6 +121,7 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
     steps = order.steps(spec.train.epochs, spec.train.max_steps)
     return CheckReport(
         spec=str(loaded.path),
+        suite=_suite_report(loaded),
         data={split: report(each, positions=data.text.positions) for split, each in encoded.items()},
         rows=[
             RenderedRow(each.row, render_row(each, tokenizer=tokenizer, groups=groups))
@@ -115,6 +132,14 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
         model=_model_report(loaded, data, steps=steps) if with_model else None,
         next_command=f"reft train {loaded.path}",
     )
+
+
+def _suite_report(loaded: LoadedSpec) -> SuiteReport | None:
+    if loaded.preset is None:
+        return None
+    recipe, (keys, replaced) = loaded.preset.recipe, loaded.of_the_suite
+    name = loaded.preset.suite.name
+    return SuiteReport(name, recipe.name if recipe else None, keys, replaced, list(loaded.preset.notes))
 
 
 def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> ModelReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,24 @@ class LoadedSpec:
     origins: Mapping[KeyPath, Origin]
     preset: Preset | None = None
 
+    @property
+    def of_the_suite(self) -> tuple[list[str], list[str]]:
+        """(keys whose value is the suite's, keys of the suite that the spec replaced), dotted."""
+        keys = [default.key for default in self.preset.defaults] if self.preset else []
+        places = {key: self.origins.get(tuple(key.split("."))) for key in keys}
+        kept = [key for key, place in places.items() if place is not None and place.suite]
+        return kept, [key for key in keys if key not in kept]
+
 
 def resolved_yaml(loaded: LoadedSpec) -> str:
     """YAML of every key, one a line, with a comment: `train.yaml:4`, `--set train.seed=3`, a suite or `default`."""
-    rows = list(_rows(loaded, loaded.spec, ()))
+    return aligned(list(_rows(loaded, loaded.spec, ())))
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Lines with their comments below each other."""
     width = min(max(len(left) for left, _ in rows), 60)
-    return "".join(f"{left:<{width}}  # {origin}\n" if origin else f"{left}\n" for left, origin in rows)
+    return "".join(f"{left:<{width}}  # {comment}\n" if comment else f"{left}\n" for left, comment in rows)
 
 
 def _rows(loaded: LoadedSpec, section: BaseModel, path: KeyPath) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,6 @@ SCORING: dict[str, Any] = {
     "task.kind": "causal_lm",
     "task.metric": "numeric_match",
     "task.extraction": "arithmetic",
-    "data.format": "alpaca",
     "data.template": {"prompt": PROMPT, "completion": "{output}", "reference": "{answer}"},
     "data.max_length": 512,
     "data.on_overflow": "truncate_answer",

@@ -73,7 +73,6 @@ SCORING = {
     "task.kind": "causal_lm",
     "task.metric": "exact_match",
     "task.extraction": {"after": "the correct answer is "},
-    "data.format": "alpaca",
     "data.template": {
         "prompt": "{instruction}\n",
         "completion": "the correct answer is {answer}",
