@@ -100,8 +100,8 @@ class Evaluator:
             sample |= {"prediction": answer.text, "finished": answer.finished}
         guesses, truths = self._compared([answer.text for answer in answers], examples)
         if self.rule is not None:
-            for sample, guess in zip(samples, guesses, strict=True):
-                sample["answer"] = guess
+            for sample, guess, truth in zip(samples, guesses, truths, strict=True):
+                sample |= {"answer": guess, "reference": truth}
 
         def score(rows: list[int]) -> float:
             return score_texts(self.metric, [guesses[row] for row in rows], [truths[row] for row in rows])

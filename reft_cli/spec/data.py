@@ -128,6 +128,9 @@ class DataSpec(Section):
                 raise Conflict(
                     f"`{source.local}` is a name in data.folder, which is not given", f"{key}.local", "folder"
                 )
+            if source.template is not None and (self.columns or self.format != "auto"):
+                other = "columns" if self.columns else "format"
+                raise Conflict(f"has no meaning where a source has a template of its own ({key})", other, key)
             if source.weight != 1 and not key.startswith("train"):
                 raise Conflict("a weight has a meaning in data.train only; remove it", f"{key}.weight")
         return self

@@ -229,6 +229,29 @@ def test_the_middle_of_long_prompts_can_be_cut():
         assert after.input_ids[after.prompt_length :] == before.input_ids[before.prompt_length :]
 
 
+def test_the_end_of_long_answers_can_be_cut_as_pyreft_does():
+    rows = asked(("a b", " yes" * 5), ("a b", " no" * 40), ("word " * 30, " yes"))
+    whole = encode(rows).examples
+    encoded = encode(rows, max_length=20, on_overflow="truncate_answer")
+    assert [example.row for example in encoded.examples] == [1, 2]
+    assert encoded.examples[0] == whole[0]
+    cut = encoded.examples[1]
+    assert cut.input_ids == whole[1].input_ids[:20] and cut.input_ids[-1] != EOS
+    assert (cut.prompt_length, cut.completion) == (whole[1].prompt_length, whole[1].completion)
+    assert (encoded.counts.cut.count, encoded.counts.cut.first) == (1, 2)
+    assert (encoded.counts.dropped.count, encoded.counts.dropped.first) == (1, 3)  # its prompt alone fills the row
+    assert error_of(rows[2:], max_length=20, on_overflow="truncate_answer") == (
+        "train.jsonl: every row is longer than data.max_length 20; none is left to use"
+    )
+
+
+def test_references_and_sources_go_along():
+    rows = Rows("x", [{"a": "1", "b": "2"}] * 2, [1, 2], places=["p", "q"], sources=["one", "two"])
+    plan = prepared([{"a": "1", "b": "2"}], template=("{a}", "{b}", "<{b}>"))
+    found = encode_examples(rows, positions=Positions.parse("l1"), max_length=20, **plan).examples
+    assert [(each.reference, each.source) for each in found] == [("<2>", "one"), ("<2>", "two")]
+
+
 @given(
     prompt=st.integers(0, 40),
     answer=st.integers(0, 12),
@@ -410,7 +433,7 @@ TEMPLATES = [None, "plain", "alpaca", "chat", ("{text} {prompt}", "{label}"), ("
     ),
     template=st.sampled_from(TEMPLATES),
     kind=st.sampled_from(["causal_lm", "classification", "regression"]),
-    on_overflow=st.sampled_from(["error", "drop", "truncate_prompt"]),
+    on_overflow=st.sampled_from(["error", "drop", "truncate_prompt", "truncate_answer"]),
 )
 @settings(max_examples=600, deadline=None)
 def test_any_rows_give_examples_or_an_error_for_the_user(rows, template, kind, on_overflow):

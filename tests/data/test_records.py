@@ -277,6 +277,35 @@ def test_offline_the_hub_is_not_asked(monkeypatch):
     assert error_of("nobody/nothing").startswith("nobody/nothing: no file or folder here, and no data set")
 
 
+def test_an_address_goes_through_datasets(monkeypatch):
+    asked = {}
+
+    def load_dataset(kind, **given):
+        asked.update(given, kind=kind)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    address = "https://example.org/dataset/boolq/test.json"
+    rows = read_rows(Source(address, split="test[1:4]", limit=2))
+    assert asked == {"kind": "json", "data_files": address, "split": "train"}
+    assert rows.rows == ROWS[1:3] and rows.where(0) == f"{address}: row 2"
+    read_rows(Source(address.replace(".json", ".parquet")))
+    assert asked["kind"] == "parquet"
+
+
+def test_an_address_that_gives_nothing(monkeypatch):
+    def load_dataset(kind, **given):
+        raise FileNotFoundError("404 Client Error\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert error_of("https://example.org/a.jsonl") == (
+        "https://example.org/a.jsonl: cannot be downloaded: 404 Client Error"
+    )
+    assert error_of("https://example.org/a") == (
+        "https://example.org/a: an address has to be that of a file that ends in .jsonl, .json, .csv, .parquet"
+    )
+
+
 def test_bundled_names(tmp_path, monkeypatch):
     monkeypatch.setattr(bundled, "locate", lambda name, *, kind: jsonl(tmp_path / "train.jsonl", ROWS))
     rows = read_rows(Source("bundled:reviews/train", limit=4))

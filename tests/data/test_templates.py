@@ -240,3 +240,31 @@ def test_errors_of_conversations_name_the_place():
 def test_a_chat_template_cannot_reach_out_of_its_sandbox():
     template = template_from_dict(choose(name="messages").to_dict() | {"source": "{{ ''.__class__.__mro__ }}"})
     assert "refuses the conversation" in error_of(template.render_prompt, {"messages": TALK})
+
+
+def test_a_reference_and_texts_that_are_written_differently():
+    made = choose(
+        ("{prompt}", "{completion}", "{gold}", {"####": "so it is", "x": ""}), columns=["prompt", "completion", "gold"]
+    )
+    row = {"prompt": "#### x", "completion": "1x\n#### 2", "gold": 3}
+    assert made.render_prompt(row) == "#### x"
+    assert made.render_completion(row) == "1\nso it is 2"
+    assert made.render_reference(row) == "3"
+    assert made.render_reference(row | {"gold": None}) is None  # then the completion is compared
+    assert template_from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert choose(("{prompt}", None)).render_reference(row) is None
+    with pytest.raises(DataError, match=r"^row: no column `gold`"):
+        made.render_reference({"prompt": "a", "completion": "b"})
+
+
+def test_text_before_a_prompt_is_literal():
+    made = TextTemplate("{a}", "{b}", "short {a}").after("{x} }\n")
+    assert made.render_prompt({"a": "1", "input": "2"}) == "{x} }\n1"
+    assert made.render_prompt({"a": "1"}) == "{x} }\nshort 1"
+
+
+def test_a_template_of_an_older_checkpoint():
+    made = template_from_dict(
+        {"kind": "text", "name": "inline", "prompt": "{a}", "completion": "", "prompt_without_input": None}
+    )
+    assert (made.reference, made.replace) == (None, {})
