@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from reft_cli.training.observer import NullObserver
 
 ROOT = Path(__file__).parents[1] / "configs"
 FILES = sorted(ROOT.rglob("*.yaml"))
-BUNDLED = [path for path in FILES if path.parent.name != "hub"]
+BUNDLED = [path for path in FILES if load_spec(path).spec.model.name.startswith("bundled:")]
+PUBLISHED = [path for path in FILES if path.parent.name in ("commonsense", "arithmetic", "instruct", "glue")]
+MEASURED = re.compile(r"^# (Measured here: |A starting point)", flags=re.MULTILINE)
 
 
 def test_there_are_specs():
-    assert len(FILES) >= 11
-    assert len(BUNDLED) >= 9
+    assert len(FILES) == 58
+    assert len(BUNDLED) == 11
+    assert len(PUBLISHED) == 46
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -27,6 +31,26 @@ def test_spec_loads_and_names_its_command(path: Path):
     spec = load_spec(path).spec
     assert spec.data.train is not None
     assert path.read_text().startswith(f"# reft train configs/{path.relative_to(ROOT)}\n")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_published_recipe_says_what_it_is(path: Path):
+    loaded = load_spec(path)
+    assert loaded.preset is not None and loaded.preset.suite.name.startswith(path.parent.name)
+    assert loaded.spec.name is not None and loaded.spec.name.split("_")[0] in (path.parent.name, "gsm8k")
+    text = path.read_text()
+    assert MEASURED.search(text) and ("# The paper's row: " in text) != ("# A starting point" in text)
+    if "# The paper's row: " in text:
+        recipe = loaded.preset.recipe
+        assert recipe is not None and recipe.method == loaded.spec.intervention.method
+        assert loaded.spec.model.name in recipe.model.split(", ")
+        _, replaced = loaded.of_the_suite
+        assert replaced in ([], ["task.recipe"])
+
+
+def test_run_names_are_distinct():
+    names = [name for path in FILES if (name := load_spec(path).spec.name)]
+    assert len(names) == len(set(names)) == len(PUBLISHED)
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: str(path.relative_to(ROOT)))
