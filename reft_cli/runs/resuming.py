@@ -26,6 +26,7 @@ FREE = (
     "evaluation",
     "generation",
     "model.device",
+    "data.folder",  # the rows have fingerprints
     "data.test",
     "train.epochs",
     "train.max_steps",

@@ -191,10 +191,10 @@ def _node_at(root: Node, path: KeyPath) -> Node | None:
 
 
 def _nearest(root: Node, path: KeyPath) -> Node:
-    """The node at a path, or the one above it that is there."""
+    """The node at a path, or the one above it that is there and that a user wrote."""
     for part in path:
         inner = root.child(part)
-        if inner is None:
+        if inner is None or inner.at.suite:
             break
         root = inner
     return root

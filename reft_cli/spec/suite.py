@@ -89,6 +89,8 @@ def _less_replaced(base: Node, root: Node) -> Node:
             user = user.child(part) or Node(None, user.at, user.at)
         if isinstance(user.value, dict) and key in user.value:
             base = _changed(base, path, lambda node: Node({}, node.at, node.start))
+    if _value(root, "data", "format") is not None:  # columns have the names of a format
+        base = _changed(base, ("data", "columns"), lambda node: Node({}, node.at, node.start))
     return base
 
 

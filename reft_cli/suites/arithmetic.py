@@ -110,7 +110,9 @@ GSM8K = Suite(
         "the final run of the paper trains on all rows and has no validation: data.train.split: train, "
         "data.validation: null.",
         "the first version of the published code had another prompt (Alpaca's with an input), and sampled at "
-        "temperature 0.8; the code's other decoding is temperature 0.1, top_p 0.95, top_k 40.",
+        "temperature 0.8; for Llama-3-8B-Instruct it uses the "
+        "chat template with a system prompt (data.template: chat is the nearest). "
+        "Its other decoding is temperature 0.1, top_p 0.95, top_k 40.",
     ),
 )
 SUITES = (WHOLE, *(_single(name) for name in (*SETS, *LEAKED) if name != "gsm8k"), GSM8K)

@@ -41,6 +41,7 @@ RED: dict[str, Any] = {
 RED_NOTES = (
     "RED trained on HuggingFaceH4/ultrafeedback_binarized (train_sft, prompts of at most 256 tokens and texts of at "
     "most 512), another cleaning of the same data, and learned the prompt too; here only the answer is learned.",
+    "RED wrote a space before the end token; here the end token follows the answer.",
 )
 THOUSAND = {
     "data.train": {

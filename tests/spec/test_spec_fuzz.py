@@ -178,6 +178,48 @@ def test_mutated_flags(folder):
                 assert "\n" not in str(problem)
 
 
+SUITE_SPEC = """\
+model: m
+task: {suite: glue/mrpc, recipe: large, kind: classification}
+intervention:
+  method: direft
+  rank: 2
+data:
+  folder: there
+  train: [{path: a.jsonl, weight: 2}, b.jsonl]
+  test: {limit: 5}
+  columns: {text: review}
+  few_shot: 0
+train:
+  epochs: 3
+checkpoint: {best: f1}
+"""
+SUITE_FLAGS = ["task", "task.suite", "task.kind", "task.recipe", "task.labels", "intervention.method", "data.train"]
+SUITE_FLAGS += ["data.template", "data.test.path", "data.train.0.path", "data", "intervention.rank", "data.few_shot"]
+
+
+def test_a_mistake_is_never_blamed_on_the_suite(folder):
+    rng = random.Random(20240616)
+    words = [*SCALARS, "red", "regression", "commonsense", "glue/stsb", "loreft", "causal_lm", "base", "[{path: a}]"]
+    good = conflicts = 0
+    for number in range(400):
+        path = Path(f"s{number % 3}.yaml")
+        path.write_bytes(mutate(rng, SUITE_SPEC) if number % 2 else SUITE_SPEC.encode())
+        flags = [f"{rng.choice(SUITE_FLAGS)}={rng.choice(words)}" for _ in range(rng.randrange(3))]
+        try:
+            loaded = load_spec(path, overrides=flags)
+        except SpecError as error:
+            check(error)
+            assert not [str(problem) for problem in error.problems if str(problem).startswith("suite ")]
+            conflicts += any("is of suite" in (problem.hint or "") for problem in error.problems)
+        else:
+            good += 1
+            if number % 10 == 0:
+                Path("resolved.yaml").write_text(resolved_yaml(loaded))
+                assert load_spec(Path("resolved.yaml")).spec == loaded.spec
+    assert good > 40 and conflicts
+
+
 def test_mutated_trees():
     """What a damaged run.json could hold."""
     rng = random.Random(20240615)

@@ -149,6 +149,12 @@ def test_a_template_with_its_own_answer_is_no_part_of_the_suites(tmp_path: Path)
     assert spec_of(tmp_path, text).data.template.reference == "{answer}"  # type: ignore[union-attr]
 
 
+def test_a_format_of_the_users_own_has_its_own_columns(tmp_path: Path):
+    data = spec_of(tmp_path, "model: m\ntask: glue/sst2\ndata: {format: pair, columns: {text_pair: b}}\n").data
+    assert data.columns == {"text_pair": "b"}
+    assert spec_of(tmp_path, "model: m\ntask: glue/sst2\n").model.dropout is True
+
+
 def test_a_suite_lies_below_extended_files_and_flags(tmp_path: Path):
     (tmp_path / "base.yaml").write_text("task: glue/rte\ntrain: {epochs: 5}\n")
     text = "model: m\nextends: [base.yaml]\ntask: {metric: f1}\n"
