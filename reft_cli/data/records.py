@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reft_cli import bundled
+from reft_cli.data.download import fetch
 from reft_cli.errors import DataError
 
 Row = dict[str, Any]
@@ -256,19 +257,11 @@ def _read_hub(source: Source) -> Rows:
 
 
 def _read_address(source: Source) -> Rows:
-    """A file that `datasets` downloads once and keeps; of the split only a slice has a meaning."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    _, part = _parse_split(source.split, name=source.path)
-    kind = {".jsonl": "json"}.get(suffix := Path(source.path).suffix.lower(), suffix.removeprefix("."))
-    if suffix not in READERS:
+    """Of the split only a slice has a meaning."""
+    if Path(source.path).suffix.lower() not in READERS:
         raise DataError(f"{source.path}: an address has to be that of a file that ends in {', '.join(READERS)}")
-    try:
-        data = datasets.load_dataset(kind, data_files=source.path, split="train")
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source.path}: cannot be downloaded: {_first_line(error)}") from error
-    rows = _numbered(source.path, data.to_list())
+    _, part = _parse_split(source.split, name=source.path)
+    rows = _read_files([fetch(source.path)], name=source.path)
     return rows.take(range(len(rows))[part(len(rows))])
 
 

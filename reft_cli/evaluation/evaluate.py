@@ -81,8 +81,7 @@ class Evaluator:
         loss = self.mean_loss(model, examples, edited=edited)
         metrics = {"loss": loss}
         samples: list[dict[str, Any]] = [
-            {"row": each.row, "prompt": each.prompt, "reference": each.reference or each.completion}
-            for each in examples
+            {"row": each.row, "prompt": each.prompt, "reference": _reference(each)} for each in examples
         ]
         if self.metric in FROM_LOSS:
             return Evaluation(metrics | {self.metric: score_loss(self.metric, loss)}, samples)
@@ -111,7 +110,7 @@ class Evaluator:
     def _compared(self, texts: Sequence[str], examples: Sequence[Example]) -> tuple[list[str], list[str]]:
         """(answers, references) as they are scored; a reference of its own is taken as it is."""
         if self.rule is None:
-            return list(texts), [each.completion if each.reference is None else each.reference for each in examples]
+            return list(texts), [_reference(each) for each in examples]
         rule, truths = self.rule, []
         for each in examples:
             own = rule.find(each.completion, reference=each.completion) or each.completion
@@ -176,3 +175,7 @@ class Evaluator:
                 chosen, groups=self.groups, layout="padded", pad_token_id=self.tokenizer.pad_token_id or 0
             )
             yield chosen, batch.to(model.device)
+
+
+def _reference(example: Example) -> str:
+    return example.completion if example.reference is None else example.reference

@@ -96,7 +96,7 @@ def evaluate(
             seconds=round(seconds, 3),
             path=None,
         )
-        name = [Path(encoded.name).stem, f"step_{session.checkpoint.manifest.step:06d}"]
+        name = [split if data is None else Path(encoded.name).stem, f"step_{session.checkpoint.manifest.step:06d}"]
         name += ["base"] * (base == "only") + ([f"first_{limit}"] if limit else [])
         if session.found.run is not None:
             facts = {"generation": summary_of(decoding) | {"batch_size": size}, "device": str(session.model.device)}

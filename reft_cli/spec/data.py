@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -73,6 +73,13 @@ class SourceSpec(Section):
 
 
 Sources = Annotated[list[SourceSpec], Field(min_length=1)]
+Mixed = Annotated[list[str | SourceSpec], Field(min_length=1)]
+Divided = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _written_out(given: Any) -> Any:  # noqa: ANN401  whatever the file held
+    """Paths in a list of sources as sources."""
+    return [{"path": item} if isinstance(item, str) else item for item in given] if isinstance(given, list) else given
 
 
 class DataSpec(Section):
@@ -81,8 +88,8 @@ class DataSpec(Section):
     folder: str | None = Field(default=None, min_length=1)
     """Folder with copies of data sets, for sources with a `local` name."""
     train: str | SourceSpec | Sources | None = None
-    """Training rows: a path, hub id or `bundled:NAME/SPLIT`, a mapping, or a list of mappings, which are mixed."""
-    validation: Annotated[float, Field(gt=0, lt=1)] | str | SourceSpec | Sources | None = None
+    """Training rows: a path, hub id or `bundled:NAME/SPLIT`, a mapping, or a list of these, which are mixed."""
+    validation: Divided | str | SourceSpec | Sources | None = None
     """Rows for choosing the best checkpoint; like `train`, or a fraction of the training rows."""
     test: str | SourceSpec | Sources | None = None
     """Rows for `reft eval`; of a list, each source has a score of its own and the mean counts."""
@@ -102,6 +109,16 @@ class DataSpec(Section):
     on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"] = "error"
     """Rows longer than max_length: stop, leave out, cut the middle of the prompt (edited tokens stay), or cut the end
     of the answer, as pyreft does."""
+
+    @field_validator("train", "test", mode="before", json_schema_input_type=str | SourceSpec | Mixed | None)
+    @classmethod
+    def _sources(cls, given: Any) -> Any:  # noqa: ANN401  pydantic hands over what the file held
+        return _written_out(given)
+
+    @field_validator("validation", mode="before", json_schema_input_type=Divided | str | SourceSpec | Mixed | None)
+    @classmethod
+    def _validation_sources(cls, given: Any) -> Any:  # noqa: ANN401  pydantic hands over what the file held
+        return _written_out(given)
 
     @model_validator(mode="after")
     def _paths(self) -> DataSpec:

@@ -22,12 +22,9 @@ WHOLE: dict[tuple[str, ...], str] = {
 
 
 def shorthands_written_out(root: Node) -> Node:
-    """The tree with `model`, `task` and the sources in lists as mappings, where they are strings."""
+    """The tree with `model` and `task` as mappings, where they are strings."""
     root = _changed(root, ("model",), lambda node: written_out(node, path=("model",)))
-    root = _changed(root, ("task",), lambda node: written_out(node, path=("task",)))
-    for split in SPLITS:
-        root = _changed(root, ("data", split), lambda node, split=split: _items_written_out(node, split))  # type: ignore[misc]
-    return root
+    return _changed(root, ("task",), lambda node: written_out(node, path=("task",)))
 
 
 def over_suite(root: Node, *, problems: list[Problem]) -> tuple[Node, Preset | None]:
@@ -92,13 +89,6 @@ def _less_replaced(base: Node, root: Node) -> Node:
     if _value(root, "data", "format") is not None:  # columns have the names of a format
         base = _changed(base, ("data", "columns"), lambda node: Node({}, node.at, node.start))
     return base
-
-
-def _items_written_out(node: Node, split: str) -> Node:
-    if not isinstance(node.value, list):
-        return node
-    items = [written_out(item, path=("data", split, index)) for index, item in enumerate(node.value)]
-    return replace(node, value=items)
 
 
 def _changed(root: Node, path: tuple[str, ...], change: Any) -> Node:  # noqa: ANN401  Node -> Node

@@ -277,30 +277,15 @@ def test_offline_the_hub_is_not_asked(monkeypatch):
     assert error_of("nobody/nothing").startswith("nobody/nothing: no file or folder here, and no data set")
 
 
-def test_an_address_goes_through_datasets(monkeypatch):
-    asked = {}
-
-    def load_dataset(kind, **given):
-        asked.update(given, kind=kind)
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_an_address_is_read_as_the_file_that_it_is(tmp_path, monkeypatch):
+    file = tmp_path / "kept.json"
+    file.write_text(json.dumps(ROWS))
+    asked = []
+    monkeypatch.setattr("reft_cli.data.records.fetch", lambda address: asked.append(address) or file)
     address = "https://example.org/dataset/boolq/test.json"
     rows = read_rows(Source(address, split="test[1:4]", limit=2))
-    assert asked == {"kind": "json", "data_files": address, "split": "train"}
+    assert asked == [address]
     assert rows.rows == ROWS[1:3] and rows.where(0) == f"{address}: row 2"
-    read_rows(Source(address.replace(".json", ".parquet")))
-    assert asked["kind"] == "parquet"
-
-
-def test_an_address_that_gives_nothing(monkeypatch):
-    def load_dataset(kind, **given):
-        raise FileNotFoundError("404 Client Error\nmore lines")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert error_of("https://example.org/a.jsonl") == (
-        "https://example.org/a.jsonl: cannot be downloaded: 404 Client Error"
-    )
     assert error_of("https://example.org/a") == (
         "https://example.org/a: an address has to be that of a file that ends in .jsonl, .json, .csv, .parquet"
     )

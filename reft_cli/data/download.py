@@ -1,0 +1,42 @@
+"""Files at an https address, downloaded once and kept: `$XDG_CACHE_HOME/reft/downloads`, else below ~/.cache."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shutil
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from reft_cli.errors import DataError
+
+SECONDS = 60  # without a byte
+
+
+def fetch(address: str) -> Path:
+    """The file at an address. DataError: it cannot be had, or HF_HUB_OFFLINE=1 and it was never downloaded."""
+    path = cache() / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rpartition('/')[2]}"
+    if path.exists():
+        return path
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise DataError(f"{address}: was never downloaded, and HF_HUB_OFFLINE is set; give a copy (data.folder)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / "part"
+            with urllib.request.urlopen(address, timeout=SECONDS) as response, part.open("wb") as file:
+                if not response.url.startswith("https://"):
+                    raise DataError(f"{address}: leads to {response.url}, which is no https address")
+                shutil.copyfileobj(response, file)
+            part.replace(path)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        text = str(error).splitlines()
+        raise DataError(f"{address}: cannot be downloaded: {text[0] if text else type(error).__name__}") from error
+    return path
+
+
+def cache() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "reft" / "downloads"
