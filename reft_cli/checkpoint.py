@@ -30,6 +30,7 @@ from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import GenerationSpec, Method
+from reft_cli.spec.task import ExtractionSpec, RuleName
 
 FORMAT: Literal[1] = 1
 TENSORS, MANIFEST = "interventions.safetensors", "reft.json"
@@ -95,7 +96,7 @@ class TextIdentity(_Part):
     append_eos: bool
     max_length: int = Field(ge=1)
     on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"]
-    extraction: str | dict[str, Any] | None = None
+    extraction: RuleName | ExtractionSpec | None = None
     """As the spec had it."""
 
     @model_validator(mode="after")

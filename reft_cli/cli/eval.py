@@ -24,7 +24,9 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the run's own data, or of --data.")] = "test",
     checkpoint: options.Checkpoint = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows.", min=1, metavar="N")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only the first N rows of each source.", min=1, metavar="N")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Prompts decoded together.", min=1, metavar="N")
     ] = None,

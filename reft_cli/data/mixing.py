@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 
@@ -46,12 +47,14 @@ def mix(parts: Sequence[tuple[str, Rows]]) -> Rows:
 
 
 def set_apart(rows: Rows, *, count: int, seed: int) -> tuple[Rows, Rows]:
-    """(random rows, all others). DataError: there are not enough."""
-    if count >= len(rows):
+    """(random rows, no two alike; all others but copies of them). DataError: there are not enough."""
+    contents = [json.dumps(row, sort_keys=True, default=str) for row in rows.rows]
+    first = {content: index for index, content in reversed([*enumerate(contents)])}
+    if count >= len(first):
         raise DataError(f"{rows.name}: {count} solved rows for prompts leave none of {len(rows):,} to train on")
-    chosen = random.Random(seed).sample(range(len(rows)), count)
-    apart = set(chosen)
-    return rows.take(chosen), rows.take(index for index in range(len(rows)) if index not in apart)
+    chosen = random.Random(seed).sample(sorted(first.values()), count)
+    apart = {contents[index] for index in chosen}
+    return rows.take(chosen), rows.take(index for index, content in enumerate(contents) if content not in apart)
 
 
 def _count(total: int, share: str | float) -> int:

@@ -15,7 +15,7 @@ from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, 
 from reft_cli.data.fitting import check_fits
 from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator
-from reft_cli.evaluation.extraction import rule_of
+from reft_cli.evaluation.extraction import Rule, rule_of
 from reft_cli.evaluation.metrics import FROM_LOSS
 from reft_cli.generation.decode import Decoding
 from reft_cli.models.blocks import find_blocks, hidden_size
@@ -27,6 +27,7 @@ from reft_cli.runs.texts import TextSide, TrainingData
 from reft_cli.spec.base import Conflict
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import GenerationSpec, ModelSpec, Spec
+from reft_cli.spec.task import ExtractionSpec
 
 SEEDS = 2**63  # torch takes no larger ones
 TOKEN_BUDGET = {"cuda": 16_384, "cpu": 4_096}  # tokens in one forward and backward pass
@@ -223,8 +224,13 @@ def evaluator_of(
         decoding=decoding,
         batch_size=batch_size,
         token_budget=2 * token_budget(device),
-        rule=rule_of(text.extraction),
+        rule=_rule_of(text),
     )
+
+
+def _rule_of(text: TextSide) -> Rule | None:
+    given = text.extraction
+    return rule_of(given.model_dump() if isinstance(given, ExtractionSpec) else given)
 
 
 def token_budget(device: torch.device) -> int:

@@ -20,11 +20,12 @@ RENDERED = Inline("{prompt}", "{completion}", "{reference}")
 
 
 def training_rows(spec: Spec) -> tuple[Rows, Rows | None]:
-    """(training rows, validation rows or None)."""
-    rows = rows_of(spec, "train")
+    """(training rows, validation rows or None); of the latter the first `evaluation.limit` of each source."""
+    rows, limit = rows_of(spec, "train"), spec.evaluation.limit
     if isinstance(spec.data.validation, float):
-        return split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
-    return rows, None if spec.data.validation is None else rows_of(spec, "validation")
+        rows, held_out = split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
+        return rows, held_out.take(range(min(limit or len(held_out), len(held_out))))
+    return rows, None if spec.data.validation is None else rows_of(spec, "validation", limit=limit)
 
 
 def rows_of(spec: Spec, split: str, *, limit: int | None = None) -> Rows:

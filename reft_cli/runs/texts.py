@@ -24,6 +24,7 @@ from reft_cli.positions import Positions
 from reft_cli.runs.sources import template_of, training_rows
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import Spec
+from reft_cli.spec.task import ExtractionSpec, RuleName
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TextSide:
     on_overflow: Overflow
     labels: tuple[str, ...] | None
     labels_given: bool
-    extraction: str | Mapping[str, Any] | None = None
+    extraction: RuleName | ExtractionSpec | None = None
 
     def encode(self, rows: Rows, *, tell: Tell = silent) -> Encoded:
         """Rows with answers or labels as examples, kept ones if there are any; `tell` hears what the cache did."""
@@ -95,7 +96,7 @@ class TextSide:
             append_eos=self.append_eos,
             max_length=self.max_length,
             on_overflow=self.on_overflow,
-            extraction=self.extraction if isinstance(self.extraction, str | None) else dict(self.extraction),
+            extraction=self.extraction,
         )
 
 
@@ -126,7 +127,6 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
     """The text side of a spec, with format and template chosen by the columns of its training rows."""
     data, columns = spec.data, rows.columns
     given = template_of(data)
-    extraction = spec.task.extraction
     data_format = choose_format(
         columns,
         where=rows.where(0),
@@ -147,7 +147,7 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
         on_overflow=data.on_overflow,
         labels=tuple(spec.task.labels) if spec.task.labels else None,
         labels_given=spec.task.labels is not None,
-        extraction=extraction if isinstance(extraction, str | None) else extraction.model_dump(),
+        extraction=spec.task.extraction,
     )
 
 
@@ -171,8 +171,6 @@ def load_training_data(spec: Spec, tokenizer: PreTrainedTokenizerBase, *, tell: 
         text = replace(text, template=_after(shots, text))
     train = text.encode(rows, tell=tell)
     text = replace(text, labels=train.classes)
-    if held_out is not None and spec.evaluation.limit:
-        held_out = held_out.take(range(min(spec.evaluation.limit, len(held_out))))
     validation = None if held_out is None else text.encode(held_out, tell=tell)
     if held_out is not None:
         fingerprints["validation"] = held_out.fingerprint

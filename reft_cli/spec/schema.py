@@ -192,7 +192,7 @@ class EvaluationSpec(Section):
     every: Literal["epoch", "never"] | PositiveInt = "epoch"
     """epoch, never, or a number of steps."""
     limit: PositiveInt | None = None
-    """Use only the first N validation rows."""
+    """Use only the first N validation rows of each source."""
 
 
 class GenerationSpec(Section):

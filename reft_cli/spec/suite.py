@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -91,11 +91,10 @@ def _less_replaced(base: Node, root: Node) -> Node:
     return base
 
 
-def _changed(root: Node, path: tuple[str, ...], change: Any) -> Node:  # noqa: ANN401  Node -> Node
+def _changed(root: Node, path: tuple[str, ...], change: Callable[[Node], Node]) -> Node:
     """The tree with `change` applied to the node at `path`, if there is one."""
     if not path:
-        changed: Node = change(root)
-        return changed
+        return change(root)
     inner = root.child(path[0])
     if inner is None or not isinstance(root.value, dict):
         return root

@@ -17,6 +17,7 @@ KINDS = get_args(Kind)
 Metric = Literal[
     "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "numeric_match", "loss", "perplexity"
 ]
+RuleName = Literal["number", "number_strict", "letter", "letter_strict", "arithmetic", "arithmetic_strict"]
 DEFAULT_METRIC: dict[str, Metric] = {
     "causal_lm": "exact_match",
     "classification": "accuracy",
@@ -79,11 +80,7 @@ class TaskSpec(Section):
     """causal_lm: loss on the answer's tokens; classification, regression: a head that is trained along."""
     metric: Metric | None = None
     """Score of `reft eval`; exact_match for causal_lm, accuracy for classification, pearson for regression."""
-    extraction: (
-        Literal["number", "number_strict", "letter", "letter_strict", "arithmetic", "arithmetic_strict"]
-        | ExtractionSpec
-        | None
-    ) = None
+    extraction: RuleName | ExtractionSpec | None = None
     """How the answer is found in generated text; all of it if not given. number: the last one, letter: the first of A
     to E, arithmetic: whichever the reference is, each as published; …_strict: without the mistakes of that rule."""
     labels: list[str] | None = Field(default=None, min_length=2)

@@ -68,6 +68,8 @@ def test_mixed_rows_know_their_source_and_place():
 def test_rows_set_apart_are_not_left():
     apart, left = set_apart(rows(10), count=3, seed=2)
     assert len(apart) == 3 and sorted(apart.numbers + left.numbers) == list(range(1, 11))
+    apart, left = set_apart(repeat(rows(4), weight=2, seed=0), count=1, seed=0)
+    assert len(left) == 6 and apart.numbers[0] not in left.numbers  # its copies are gone too
     with pytest.raises(DataError) as caught:
         set_apart(rows(3), count=3, seed=0)
     assert str(caught.value) == "a.jsonl: 3 solved rows for prompts leave none of 3 to train on"

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
 from reft_cli import runs
 from reft_cli.errors import DataError, ReftError, SpecError
-from reft_cli.runs.sources import rows_of, source_of
+from reft_cli.runs.sources import rows_of, source_of, training_rows
 from reft_cli.runs.texts import TrainingData, load_training_data
 from reft_cli.spec.load import load_spec
 from reft_cli.spec.schema import Spec
@@ -58,6 +59,11 @@ def test_a_mix_repeats_rows_by_weight_and_names_their_sources(spec: Callable[...
 def test_a_limit_is_of_each_source(spec: Callable[..., Spec]):
     loaded = spec({"train": "x.jsonl", "test": ["sums.test.jsonl", {"path": "words.jsonl", "name": "w"}]})
     assert rows_of(loaded, "test", limit=2).sources == ["sums.test", "sums.test", "w", "w"]
+    loaded = spec(
+        {"train": "sums.train.jsonl", "validation": ["sums.test.jsonl", "words.jsonl"]}, evaluation={"limit": 1}
+    )
+    held_out = training_rows(loaded)[1]
+    assert held_out is not None and held_out.sources == ["sums.test", "words"]
 
 
 def test_shares_before_limits(spec: Callable[..., Spec]):
@@ -85,6 +91,34 @@ def test_a_slice_of_a_local_copy(spec: Callable[..., Spec], folder: Path):
     with pytest.raises(DataError) as caught:
         rows_of(spec(data), "train")
     assert str(caught.value).startswith(f"{folder}/nothing: no such file; there is ")
+
+
+def test_without_copies_the_hub_and_the_published_addresses_are_asked(
+    spec: Callable[..., Spec], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, **given: object) -> datasets.Dataset:
+        asked.append((path, given["name"], given["split"]))
+        return datasets.Dataset.from_list([{"n": number} for number in range(4)])
+
+    def fetch(address: str) -> Path:
+        asked.append((address.rpartition("LLM-Adapters/main/")[2],))
+        return folder / "words.jsonl"
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("reft_cli.data.records.fetch", fetch)
+    glue, math = spec({}, task="glue/mnli"), spec({}, task="arithmetic/gsm8k")
+    assert (len(rows_of(glue, "train")), len(rows_of(glue, "validation")), len(rows_of(math, "train"))) == (4, 2, 4)
+    assert asked == [
+        ("nyu-mll/glue", "mnli", "train"),
+        ("nyu-mll/glue", "mnli", "validation_matched"),
+        ("openai/gsm8k", "main", "train[:-300]"),
+    ]
+    asked.clear()
+    commonsense = spec({}, task="commonsense")
+    assert len(rows_of(commonsense, "train")) == 4 and len(rows_of(commonsense, "test")) == 8 * 4
+    assert asked[:2] == [("ft-training_set/commonsense_170k.json",), ("dataset/boolq/test.json",)]
 
 
 def test_each_source_may_have_a_template(encoded: Callable[..., TrainingData]):
@@ -129,10 +163,11 @@ def test_solved_rows_stand_before_every_prompt_and_are_not_trained_on(encoded: C
 
 
 def test_braces_in_solved_rows_are_text(folder: Path, encoded: Callable[..., TrainingData]):
-    rows = [{"q": "{x}", "a": "}"}] * 3
+    rows = [{"q": "{x}", "a": "}"}, {"q": "{y}", "a": "}"}]
     (folder / "braces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = encoded({"train": "braces.jsonl", "template": TEMPLATE, "few_shot": 1})
-    assert data.train.examples[0].prompt == "Q: {x}\nA: }\n\nQ: {x}\nA:"
+    (example,) = data.train.examples
+    assert example.prompt in ("Q: {x}\nA: }\n\nQ: {y}\nA:", "Q: {y}\nA: }\n\nQ: {x}\nA:")
 
 
 @pytest.mark.parametrize(
