@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from reft_cli import runs
+from reft_cli.generation.decode import Answer
 from reft_cli.runs.evaluate import EvalReport
 from reft_cli.runs.sources import rows_of
 from reft_cli.runs.texts import load_training_data
@@ -128,6 +129,46 @@ def test_a_suite_trains_and_is_scored_on_local_rows(suite: str, run_suite: Calla
     if sets_scored:
         mean = sum(report.metrics[name] for name in sets_scored) / len(sets_scored)
         assert report.metrics[metric] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("suite", "text", "expected"),
+    [
+        (
+            "commonsense",
+            "the correct answer is answer1",
+            {
+                "exact_match": 0.25,
+                "exact_match/social_i_qa": 0.5,
+                "exact_match/boolq": 0.0,
+                "exact_match/ARC-Easy": 0.5,
+            },
+        ),
+        (
+            "arithmetic",
+            "Adam has 1,0 and 3. The answer is B, or 3.0",
+            {
+                "numeric_match": (0.2 + 3 * 0.1) / 4,  # AQuA: the A of Adam, for two rows of ten
+                "numeric_match/AQuA": 0.2,
+                "numeric_match/gsm8k": 0.1,
+            },
+        ),
+        ("arithmetic/gsm8k", "It is 312.\n#### 312", {"numeric_match": 0.1}),
+    ],
+)
+def test_answers_are_scored_as_published(
+    suite: str,
+    text: str,
+    expected: dict[str, float],
+    run_suite: Callable[..., EvalReport],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def decode_all(model: object, prompts: list[object], **settings: object) -> list[Answer]:
+        return [Answer(text, 1, True)] * len(prompts)
+
+    monkeypatch.setattr("reft_cli.evaluation.evaluate.decode_all", decode_all)
+    metrics = run_suite(suite).metrics
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 ALPACA = (
