@@ -34,9 +34,9 @@ def rows_of(spec: Spec, split: str, *, limit: int | None = None) -> Rows:
     _check_split(data, split)
     given = getattr(data, split)
     if not isinstance(given, list):
-        return _rows_of_source(data, given, split, seed=seed, limit=limit, own=_has_own_templates(data))
+        return _rows_of_source(data, given, split, seed=seed, limit=limit, own=data.has_own_templates)
     parts = [
-        (name, _rows_of_source(data, source, split, seed=seed, limit=limit, own=_has_own_templates(data)))
+        (name, _rows_of_source(data, source, split, seed=seed, limit=limit, own=data.has_own_templates))
         for name, source in zip(_names(given), given, strict=True)
     ]
     return mix(parts)
@@ -44,7 +44,7 @@ def rows_of(spec: Spec, split: str, *, limit: int | None = None) -> Rows:
 
 def template_of(data: DataSpec) -> str | Inline | None:
     """The template that a run's rows are read with."""
-    if _has_own_templates(data):
+    if data.has_own_templates:
         return RENDERED
     return _inline(data.template) if isinstance(data.template, TemplateSpec) else data.template
 
@@ -120,10 +120,6 @@ def _rows_of_source(
     if limit is not None:
         rows = rows.take(range(min(limit, len(rows))))
     return _rendered(rows, data, given) if own else rows
-
-
-def _has_own_templates(data: DataSpec) -> bool:
-    return any(source.template is not None for _, source in data.sources())
 
 
 def _rendered(rows: Rows, data: DataSpec, given: str | SourceSpec) -> Rows:

@@ -152,6 +152,11 @@ class DataSpec(Section):
                 raise Conflict("a weight has a meaning in data.train only; remove it", f"{key}.weight")
         return self
 
+    @property
+    def has_own_templates(self) -> bool:
+        """Whether a source has a template of its own."""
+        return any(source.template is not None for _, source in self.sources())
+
     def sources(self) -> list[tuple[str, SourceSpec]]:
         """(key, source) of every source that is a mapping."""
         found: list[tuple[str, SourceSpec]] = []

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.spec.base import Conflict, Fraction, PositiveInt, Section, Words
-from reft_cli.spec.data import DataSpec
+from reft_cli.spec.data import DataSpec, TemplateSpec
 from reft_cli.spec.task import KINDS, Metric, TaskSpec, check_metric
 
 COLDEST = 1e-4  # temperatures below it divide logits into infinity
@@ -318,6 +318,15 @@ class Spec(Section):
                 raise Conflict("there are no validation rows to go by; give data.validation", key, "data.validation")
             if value is not None and self.evaluation.every == "never":
                 raise Conflict("there is no validation while evaluation.every is never", key, "evaluation.every")
+        template = self.data.template
+        given = isinstance(template, TemplateSpec) and template.reference is not None
+        if str(self.task.extraction).startswith("arithmetic") and not (given or self.data.has_own_templates):
+            raise Conflict(
+                f"{self.task.extraction} goes by the reference, and there is none; write data.template.reference, or "
+                "task.extraction: number",
+                "task.extraction",
+                "data.template",
+            )
         for key in self._of_answers():
             if self.task.kind != "causal_lm":
                 raise Conflict(f"no answer is written with task.kind {self.task.kind}; remove it", key, "task.kind")
