@@ -92,6 +92,33 @@ def test_round_trip(tmp_path_factory, tree):
     assert resolved_yaml(again).count("\n") == text.count("\n")
 
 
+own = st.fixed_dictionaries(
+    {"path": texts},
+    optional={
+        "local": texts,
+        "share": st.just("glue") | positive | fractions,
+        "weight": st.floats(0, 9, exclude_min=True),
+        "name": texts,
+        "template": st.fixed_dictionaries(
+            {"prompt": templates},
+            optional={"reference": templates, "replace": st.dictionaries(texts, texts, max_size=2)},
+        ),
+    },
+)
+extractions = st.sampled_from(["number", {"after": "a"}, {"pattern": "(a|b)", "take": "last", "remove": [","]}])
+
+
+@settings(deadline=None, max_examples=60)
+@given(train=own | st.lists(texts | own, min_size=1, max_size=3), shots=st.integers(0, 9), extraction=extractions)
+def test_round_trip_of_mixes(tmp_path_factory, train, shots, extraction):
+    data = {"train": train, "test": [{"path": "a"}, "b.csv"], "few_shot": shots}
+    spec = parse_spec({"model": "m", "task": {"extraction": extraction}, "data": data}, name="tree")
+    path = tmp_path_factory.getbasetemp() / "mix.yaml"
+    path.write_text(resolved_yaml(LoadedSpec(spec, Path("x.yaml"), "", {})))
+    assert load_spec(path).spec == spec
+    assert parse_spec(spec.model_dump(mode="json"), name="JSON") == spec
+
+
 def test_each_value_says_where_it_came_from(tmp_path):
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets/base.yaml").write_text("model: {name: m, dtype: float32}\ndata: {columns: {prompt: q}}\n")
