@@ -360,8 +360,10 @@ def test_the_fingerprint_changes_with_everything_that_examples_depend_on():
         fingerprint(numbered(rows), **base | {"tokenizer": unigram()}),
         fingerprint(numbered(rows), **base | {"template": prepared(rows, template="chat")["template"]}),
         fingerprint(Rows("train.jsonl", rows, [7]), **base),
+        fingerprint(Rows("train.jsonl", rows, [1], sources=["one"]), **base),
+        fingerprint(Rows("train.jsonl", rows, [1], sources=["two"]), **base),
     }
-    assert len(prints) == 6
+    assert len(prints) == 8
     assert fingerprint(numbered(rows, name="other.json"), **base) in prints
 
 

@@ -1,5 +1,7 @@
 """Columns of examples: they give back what they were made of, and hold it in a few bytes a token."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,8 @@ def examples(draw):
         ids = draw(IDS.filter(len)) if typed else draw(IDS)
         types = [draw(st.integers(0, 1)) for _ in ids] if typed else None
         prompt = draw(st.integers(0, len(ids)))
-        made.append(Example(ids, prompt, draw(label), draw(TEXTS), draw(TEXTS), 3 * row, types))
+        reference, source = draw(st.none() | TEXTS), draw(TEXTS)
+        made.append(Example(ids, prompt, draw(label), draw(TEXTS), draw(TEXTS), 3 * row, types, reference, source))
     return made
 
 
@@ -34,6 +37,11 @@ def test_columns_give_back_each_example(given_ones, random):
     assert Examples.from_columns(columns.columns()) == given_ones
     assert columns.lengths.tolist() == [len(each.input_ids) for each in given_ones]
     assert columns.learned.tolist() == [each.learned for each in given_ones]
+    short = [
+        replace(each, input_ids=each.input_ids[:5], token_types=each.token_types and each.token_types[:5])
+        for each in given_ones
+    ]
+    assert columns.cut_at(5) == short
     assert columns.longest_first() == sorted(given_ones, key=lambda each: (-len(each.input_ids), each.row))
 
 
@@ -45,7 +53,7 @@ def test_a_generator_is_read_once_and_columns_are_taken_as_they_are():
 
 def test_a_token_takes_four_bytes():
     columns = Examples.of(Example(list(range(300)), 200, None, "", "", row) for row in range(1, 1001))
-    assert sum(column.nbytes for column in columns.columns().values()) <= 1000 * (4 * 300 + 64)
+    assert sum(column.nbytes for column in columns.columns().values()) <= 1000 * (4 * 300 + 96)
 
 
 @given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 9)), max_size=9))
