@@ -1,6 +1,6 @@
 """Numerical identities that any implementation of ReFT owes its users; "here" and the tests named hold them.
 
- 1. Cached decoding with prompt edits = recomputation: test_ragged_batch_equals_recomputation,
+ 1. Cached decoding with prompt edits = recomputation: test_slots_equal_recomputation_whatever_stands_beside,
     test_families_decode_as_they_recompute, test_components_decode_as_they_recompute,
     test_beams_equal_beams_without_a_cache; scores, static cache and chunked prefill here.
  2. Left-padded = right-padded = unpadded, a row of a batch = the row alone: here;
@@ -44,11 +44,14 @@ from reft_cli.data.encode import Example, encode_examples
 from reft_cli.data.formats import choose_format
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Inline, choose_template
-from reft_cli.generation.decode import Decoding, PromptEdits, edits_while_generating
+from reft_cli.generation.decode import requests_of
+from reft_cli.generation.settings import Decoding
+from reft_cli.generation.whole import PassEdits, config_of, edits_while_generating
 from reft_cli.interventions import METHODS, trainable_count
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.sites import COMPONENTS
+from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import Positions
 from reft_cli.runs.assemble import build_from_checkpoint, describe_base
 from small_tokenizers import byte_level
@@ -92,13 +95,19 @@ def logits(model: IntervenedModel, examples: list[Example], positions: str = "f2
     return [row[: len(each.input_ids)] for row, each in zip(found, examples, strict=True)]
 
 
+def stack_of(model: IntervenedModel, positions: str) -> Stack:
+    return Stack(model.base_model, [Member.of(model, groups(positions))])
+
+
 def left_padded(model: IntervenedModel, examples: list[Example], positions: str) -> list[Tensor]:
     width = max(len(each.input_ids) for each in examples)
     ids = torch.tensor([[1] * (width - len(each.input_ids)) + each.input_ids for each in examples])
     mask = torch.tensor([[0] * (width - len(each.input_ids)) + [1] * len(each.input_ids) for each in examples])
-    rows = PromptEdits(model, examples, groups(positions), width).rows(0, len(examples), width)
+    stack = stack_of(model, positions)
+    edits = PassEdits(stack, requests_of(examples, member=1), width=width, device=model.device)
     places = {} if "opt" in type(model.base_model).__name__.lower() else {"position_ids": (mask.cumsum(1) - 1).clamp(0)}
-    with torch.no_grad(), model, model.editing(rows):
+    with torch.no_grad(), stack.hooked():
+        stack.live = edits.live(0, len(examples), width)
         found = model.base_model(input_ids=ids, attention_mask=mask, **places).logits
     return [row[width - len(each.input_ids) :] for row, each in zip(found, examples, strict=True)]
 
@@ -135,13 +144,14 @@ def test_scores_of_cached_decoding_are_those_of_recomputation(
     width = len(prompts[0].input_ids)
     ids = torch.tensor([[1] * (width - len(each.input_ids)) + each.input_ids for each in prompts])
     mask = torch.tensor([[0] * (width - len(each.input_ids)) + [1] * len(each.input_ids) for each in prompts])
-    config = Decoding(max_new_tokens=5, min_new_tokens=5).to_config(model.base_model, byte_tokenizer())
+    config = config_of(Decoding(max_new_tokens=5, min_new_tokens=5), model.base_model, byte_tokenizer())
     config.update(**changes, output_logits=True, return_dict_in_generate=True)
     seen: list[int] = []
     look = model.base_model.get_input_embeddings().register_forward_hook(
         lambda _, args, __: seen.append(args[0].shape[1])
     )
-    with torch.inference_mode(), model, look, edits_while_generating(model, prompts, groups(positions), width):
+    edits = edits_while_generating(model.base_model, stack_of(model, positions), requests_of(prompts, member=1))
+    with torch.inference_mode(), look, edits:
         output = model.base_model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     assert seen == passes
     if "cache_implementation" in changes:

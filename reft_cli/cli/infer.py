@@ -17,7 +17,7 @@ from reft_cli.errors import DataError, Problem, SpecError
 
 if TYPE_CHECKING:
     from reft_cli.data.records import Rows
-    from reft_cli.generation.decode import Answer
+    from reft_cli.generation.settings import Answer
     from reft_cli.runs import Session
 
 CHUNK = 256  # rows answered before their lines are written

@@ -14,7 +14,8 @@ from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.evaluation.extraction import Rule
 from reft_cli.evaluation.metrics import FROM_LOSS, by_source, score_classes, score_loss, score_numbers, score_texts
-from reft_cli.generation.decode import Decoding, decode_all
+from reft_cli.generation.decode import decode_all
+from reft_cli.generation.settings import Decoding
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import HEADS, TASKS, predict

@@ -7,13 +7,12 @@ from queue import SimpleQueue
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
-class TextPieces(BaseStreamer):
-    """What `generate` in one thread hands over as tokens, another thread iterates as text.
+class Growing:
+    """Text that grows token by token, piece by piece.
 
     Joined, the pieces are the text of all tokens decoded at once. Only the tokens since the last but one piece are
     decoded anew, with those before them as context: a tokenizer that writes spaces in front of words drops the first.
@@ -21,32 +20,46 @@ class TextPieces(BaseStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, ends: Collection[int]) -> None:
         self._tokenizer, self._ends = tokenizer, ends
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._tokens: list[int] = []
         self._start = self._told = 0  # context begins; text is out up to
+
+    def add(self, tokens: Iterable[int], *, final: bool = False) -> str:
+        """The new text that more tokens make; nothing while a character is incomplete and it is not final."""
+        self._tokens += [token for token in tokens if token not in self._ends]
+        old = self._text(self._tokens[self._start : self._told])
+        new = self._text(self._tokens[self._start :])
+        if len(new) <= len(old) or (new.endswith(UNFINISHED) and not final):
+            return ""
+        self._start, self._told = self._told, len(self._tokens)
+        return new[len(old) :]
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+class TextPieces:
+    """What `generate` in one thread hands over as tokens, another thread iterates as text (a transformers streamer)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, ends: Collection[int]) -> None:
+        self._growing = Growing(tokenizer, ends=ends)
+        self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._prompt_is_through = False
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then every new token."""
         if self._prompt_is_through:
-            self._tokens += [token for token in value.flatten().tolist() if token not in self._ends]
-            self._tell(final=False)
+            self._tell(value.flatten().tolist())
         self._prompt_is_through = True
 
     def end(self) -> None:
         """No more tokens come."""
-        self._tell(final=True)
+        self._tell([], final=True)
         self._queue.put(None)
 
-    def _tell(self, *, final: bool) -> None:
-        old = self._text(self._tokens[self._start : self._told])
-        new = self._text(self._tokens[self._start :])
-        if len(new) > len(old) and (final or not new.endswith(UNFINISHED)):
-            self._queue.put(new[len(old) :])
-            self._start, self._told = self._told, len(self._tokens)
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+    def _tell(self, tokens: list[int], *, final: bool = False) -> None:
+        piece = self._growing.add(tokens, final=final)
+        if piece:
+            self._queue.put(piece)
 
     def __iter__(self) -> Iterator[str]:
         while (piece := self._queue.get()) is not None:

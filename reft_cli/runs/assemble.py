@@ -17,7 +17,7 @@ from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator
 from reft_cli.evaluation.extraction import Rule, rule_of
 from reft_cli.evaluation.metrics import FROM_LOSS
-from reft_cli.generation.decode import Decoding
+from reft_cli.generation.settings import Decoding
 from reft_cli.models.blocks import find_blocks, hidden_size
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from threading import Thread
 from typing import Any, Self
 
 import torch
@@ -15,8 +15,8 @@ from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.templates import TextTemplate
-from reft_cli.generation.decode import Answer, Decoding, decode_all, decode_batch, end_tokens
-from reft_cli.generation.stream import TextPieces, cut_at
+from reft_cli.generation.decode import Decoder, requests_of
+from reft_cli.generation.settings import Answer
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseSource, load_tokenizer
 from reft_cli.runfolder import Found, find
@@ -45,6 +45,12 @@ class Session:
         """Take the hooks off."""
         self.model.__exit__(None, None, None)
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What answers: member 1 is the checkpoint, 0 its base."""
+        groups = self.text.positions.groups(tied=self.tied)
+        return Decoder.of(self.model, groups, tokenizer=self.text.tokenizer)
+
     @property
     def tied(self) -> bool:
         """Whether prefix and suffix share weights."""
@@ -66,53 +72,21 @@ class Session:
         if self.text.kind != "causal_lm":
             return self._predict(examples, base=base)
         decoding, batch_size = merge_generation(self.checkpoint.manifest.generation, settings)
-        return decode_all(
-            self.model,
-            examples,
-            groups=self.text.positions.groups(tied=self.tied),
-            tokenizer=self.text.tokenizer,
-            decoding=decoding,
-            batch_size=batch_size,
-            edited=not base,
-        )
+        check_fits(examples, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
+        requests = requests_of(examples, member=int(not base))
+        answers = dict(self.decoder.answers(requests, decoding=decoding, batch_size=batch_size))
+        return [answers[index] for index in range(len(examples))]
 
     def stream(
         self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
     ) -> Iterator[str]:
         """Pieces of one answer as they are decoded; joined, they are the answer. Beams come as one piece at the end."""
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
-        if self.text.kind != "causal_lm" or decoding.beams > 1:
+        if self.text.kind != "causal_lm":
             return iter([self.answer([prompt], settings=settings, base=base, raw=raw)[0].text])
         prompts = self._encode([prompt], raw=raw)
         check_fits(prompts, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
-        return self._pieces(prompts, decoding, base=base)
-
-    def _pieces(self, prompts: list[Example], decoding: Decoding, *, base: bool) -> Iterator[str]:
-        ends = end_tokens(self.model.base_model, self.text.tokenizer)
-        streamer = TextPieces(self.text.tokenizer, ends=ends)
-        failures: list[BaseException] = []
-
-        def decode() -> None:
-            try:
-                decode_batch(
-                    self.model,
-                    prompts,
-                    groups=self.text.positions.groups(tied=self.tied),
-                    tokenizer=self.text.tokenizer,
-                    decoding=decoding,
-                    edited=not base,
-                    streamer=streamer,
-                )
-            except BaseException as error:  # handed to the caller's thread
-                failures.append(error)
-                streamer.end()
-
-        thread = Thread(target=decode, daemon=True)
-        thread.start()
-        yield from cut_at(streamer, decoding.stop)
-        thread.join()
-        if failures:
-            raise failures[0]
+        return self.decoder.stream(requests_of(prompts, member=int(not base))[0], decoding=decoding)
 
     def _encode(self, prompts: Sequence[str | Fields], *, raw: bool) -> list[Example]:
         if raw:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from reft_cli.data.formats import FORMATS
 from reft_cli.data.templates import TextTemplate
-from reft_cli.generation.decode import Answer
+from reft_cli.generation.settings import Answer
 
 
 class Terminal(io.StringIO):

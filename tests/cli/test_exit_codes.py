@@ -148,7 +148,7 @@ def test_what_is_there_has_been_changed(
     [
         ("tasks.objectives.CausalLM.loss", MEMORY, "train s.yaml --name t", 5, "memory", "Try, in order"),
         ("tasks.objectives.CausalLM.loss", MEMORY, "eval runs/s", 5, "memory", "CUDA out of memory"),
-        ("generation.decode.end_tokens", MEMORY, "infer runs/s --prompt a", 5, "memory", "CUDA out of memory"),
+        ("generation.decode.Endings.of", MEMORY, "infer runs/s --prompt a", 5, "memory", "CUDA out of memory"),
         ("models.loading.load_config", MEMORY, "eval runs/s", 5, "memory", "CUDA out of memory"),
         ("runfolder.RunFolder.append_metrics", FULL, "train s.yaml --name t", 1, "error", f"runs/t: no space{ONWARD}"),
         ("runfolder.RunFolder.begin", FULL, "train s.yaml --name t", 1, "error", "no space left on device"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from reft_cli.data.encode import Example
-from reft_cli.generation.decode import Decoding, decode_all, decode_batch
+from reft_cli.generation.decode import Decoder, decode_all, requests_of
+from reft_cli.generation.settings import Decoding
+from reft_cli.generation.whole import generate
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
@@ -66,31 +68,42 @@ def recomputed(model: IntervenedModel, example: Example, positions: str, steps: 
     return new
 
 
-def tokens(model: IntervenedModel, prompts: list[Example], positions: str, decoding: Decoding) -> list[list[int]]:
-    """New tokens of each prompt, read off the model's own `generate`."""
-    found: list[torch.Tensor] = []
-    inner = model.base_model.generate
-    model.base_model.generate = lambda **kwargs: found.append(inner(**kwargs)) or found[-1]
-    try:
-        with model:
-            decode_batch(
-                model,
-                prompts,
-                groups=Positions.parse(positions).groups(tied=True),
-                tokenizer=TOKENIZER,
-                decoding=decoding,
-            )
-    finally:
-        del model.base_model.generate
-    width = max(len(each.input_ids) for each in prompts)
-    return [row[: row.index(0) + 1] if 0 in row else row for row in found[0][:, width:].tolist()]
+def tokens(
+    model: IntervenedModel,
+    prompts: list[Example],
+    positions: str,
+    decoding: Decoding,
+    *,
+    way: str = "slots",
+    size: int = 9,
+) -> list[list[int]]:
+    """New tokens of each prompt up to its end, by one of the two ways."""
+    decoder = Decoder.of(model, Positions.parse(positions).groups(tied=True), tokenizer=TOKENIZER)
+    requests = requests_of(prompts, member=1)
+    if way == "slots":
+        assert decoder.why_not_slots(decoding) is None
+        progress = decoder.progress(requests, decoding=decoding, batch_size=size)
+        done = {each.index: each.tokens for each in progress if each.done}
+        found = [done[index] for index in range(len(prompts))]
+    else:
+        found = generate(model.base_model, decoder.stack, requests, tokenizer=TOKENIZER, decoding=decoding)
+    return [row[: row.index(0) + 1] if 0 in row else row for row in found]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_ragged_batch_equals_recomputation(positions: str, use_cache: bool):
+def test_whole_batches_equal_recomputation(positions: str, use_cache: bool):
     model = intervened(positions)
-    batched = tokens(model, PROMPTS, positions, replace(GREEDY, use_cache=use_cache))
+    batched = tokens(model, PROMPTS, positions, replace(GREEDY, use_cache=use_cache), way="whole")
+    for example, found in zip(PROMPTS, batched, strict=True):
+        assert found == recomputed(model, example, positions, 8)[: len(found)]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_slots_equal_recomputation_whatever_stands_beside(positions: str, size: int):
+    model = intervened(positions)
+    batched = tokens(model, PROMPTS, positions, GREEDY, size=size)
     for example, found in zip(PROMPTS, batched, strict=True):
         assert found == recomputed(model, example, positions, 8)[: len(found)]
 
@@ -100,7 +113,7 @@ def test_ragged_batch_equals_recomputation(positions: str, use_cache: bool):
 )
 def test_families_decode_as_they_recompute(family: str):
     model = intervened(family=family)
-    batched = tokens(model, PROMPTS, "f3+l3", GREEDY)
+    batched = tokens(model, PROMPTS, "f3+l3", GREEDY, way="whole" if family == "gemma2" else "slots")
     for example, found in zip(PROMPTS, batched, strict=True):
         assert found == recomputed(model, example, "f3+l3", 8)[: len(found)]
 
@@ -118,8 +131,8 @@ def test_components_decode_as_they_recompute(component: str, method: str):
 def test_beams_equal_beams_without_a_cache(positions: str):
     model = intervened(positions)
     beams = replace(GREEDY, beams=3)
-    assert tokens(model, PROMPTS, positions, beams) == tokens(
-        model, PROMPTS, positions, replace(beams, use_cache=False)
+    assert tokens(model, PROMPTS, positions, beams, way="whole") == tokens(
+        model, PROMPTS, positions, replace(beams, use_cache=False), way="whole"
     )
 
 

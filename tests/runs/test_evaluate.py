@@ -216,10 +216,11 @@ class Counting(NullObserver):
         self.told.append(("end", reason))
 
 
-def test_an_observer_sees_every_batch_of_both_models(run: Path):
+def test_an_observer_sees_every_row_of_both_models(run: Path):
     observer = Counting()
     evaluate(run, base="compare", batch_size=4, observer=observer)
-    assert observer.told == [("start", 14, "evaluating"), (4, 14), (7, 14), (11, 14), (14, 14), ("end", "finished")]
+    progress = [(done, 14) for done in range(1, 15)]
+    assert observer.told == [("start", 14, "evaluating"), *progress, ("end", "finished")]
 
 
 def test_what_cannot_be_evaluated_is_said_in_words(run: Path, make_spec: Callable[..., LoadedSpec], tmp_path: Path):

@@ -288,7 +288,7 @@ def test_an_error_while_decoding_reaches_the_reader(run: Path, monkeypatch: pyte
     def broken(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("reft_cli.runs.session.decode_batch", broken)
+    monkeypatch.setattr("reft_cli.models.slots.prefill", broken)
     with runs.open_run(run) as session, pytest.raises(torch.OutOfMemoryError):
         list(session.stream("good", settings={}))
 

@@ -1,0 +1,202 @@
+"""Folded interventions of several checkpoints on one base model, so that each row of a batch has one of them, or none.
+
+Where checkpoints meet, their low-rank rows are laid end to end and a row of the batch sees its owner's only:
+Δ = ((h downᵀ + bias) ⊙ [column's owner = row's owner]) up, plus scale ⊙ h + shift of the owner's diagonal. Ranks,
+layers, components, positions and methods may differ; owner 0 is the base model, whose delta is zero. Shapes do not
+depend on who owns the rows, so that a pass with edits can be captured as a CUDA graph.
+
+Shapes: N edited rows, D width there, R ranks of all owners together, O owners with the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reft_cli.interventions.folded import Folded, FoldedDiagonal, FoldedLowRank
+from reft_cli.models.blocks import Blocks, Target, find_blocks, find_target, hidden_input, hidden_output
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.sites import Site
+from reft_cli.positions import PositionGroup
+
+BASE = 0  # the owner of rows that are not edited
+
+
+@dataclass(frozen=True)
+class Member:
+    """One checkpoint: its sites, their folded interventions in that order, and which tokens its groups mean."""
+
+    sites: tuple[Site, ...]
+    folded: Folded
+    groups: tuple[PositionGroup, ...]
+
+    @classmethod
+    def of(cls, model: IntervenedModel, groups: Sequence[PositionGroup]) -> Member:
+        """A model's bank as it is now."""
+        return cls(model.sites, model.bank.fold(), tuple(groups))
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a pass edits: flat rows of h.view(-1, D) (None: all of them) and the owner of each."""
+
+    rows: Tensor | None  # [N]
+    owners: Tensor  # [N]
+
+
+@dataclass(frozen=True)
+class Place:
+    """All owners' interventions at one end of one module."""
+
+    down: Tensor  # [R, D]
+    bias: Tensor  # [R]
+    up: Tensor  # [R, D]
+    column_owners: Tensor  # [R]
+    diagonal: tuple[Tensor, Tensor] | None  # scale and shift [O, D]
+
+    def delta(self, h: Tensor, owners: Tensor) -> Tensor:
+        """Δ [N, D] of the rows h [N, D], in float32 (float64 if either is)."""
+        wide = torch.promote_types(h.dtype, self.down.dtype)
+        down, bias, up = (tensor.to(wide) for tensor in (self.down, self.bias, self.up))
+        h = h.to(wide)
+        delta = torch.zeros_like(h)
+        if len(down):
+            mine = owners[:, None] == self.column_owners  # [N, R]
+            delta = (functional.linear(h, down, bias) * mine) @ up
+        if self.diagonal is not None:
+            scale, shift = self.diagonal
+            delta = delta + torch.addcmul(shift[owners], h, scale[owners])
+        return delta
+
+
+class Stack:
+    """Members on a base model. `with stack.hooked(): ...` puts the hooks on, `stack.live` says what a pass edits."""
+
+    def __init__(self, base_model: nn.Module, members: Sequence[Member], *, blocks: Blocks | None = None) -> None:
+        self.base_model, self.members = base_model, tuple(members)
+        self.live: Live | None = None
+        self._owners = [
+            {group.name: number for number, group in enumerate(member.groups, start=1 + before)}
+            for member, before in zip(self.members, self._counts_before(), strict=True)
+        ]
+        blocks = blocks or (find_blocks(base_model) if members else None)
+        self._places: list[tuple[Target, Place]] = []
+        if blocks is not None:
+            self._places = [(find_target(blocks, *at), self._place(at)) for at in self._locations()]
+
+    def _counts_before(self) -> list[int]:
+        counts = [len(member.groups) for member in self.members]
+        return [sum(counts[:index]) for index in range(len(counts))]
+
+    def _locations(self) -> list[tuple[int, str]]:
+        """Every (layer, component) once, in the order in which members name them."""
+        return list(dict.fromkeys((site.layer, site.component) for member in self.members for site in member.sites))
+
+    def _place(self, at: tuple[int, str]) -> Place:
+        found = [
+            (self._owners[index][site.group], member.folded, row)
+            for index, member in enumerate(self.members)
+            for row, site in enumerate(member.sites)
+            if (site.layer, site.component) == at
+        ]
+        like = found[0][1].tensors()[0]
+        low = [(owner, folded, row) for owner, folded, row in found if isinstance(folded, FoldedLowRank)]
+        columns = [torch.full((folded.down.shape[1],), owner, device=like.device) for owner, folded, _ in low]
+        empty = like.new_zeros(0, like.shape[-1])
+        return Place(
+            down=torch.cat([empty, *(folded.down[row] for _, folded, row in low)]),
+            bias=torch.cat([empty[:, 0], *(folded.bias[row] for _, folded, row in low)]),
+            up=torch.cat([empty, *(folded.up[row] for _, folded, row in low)]),
+            column_owners=torch.cat([torch.zeros(0, dtype=torch.long, device=like.device), *columns]),
+            diagonal=self._diagonal(found, like),
+        )
+
+    def _diagonal(self, found: Sequence[tuple[int, Folded, int]], like: Tensor) -> tuple[Tensor, Tensor] | None:
+        diagonal = [(owner, folded, row) for owner, folded, row in found if isinstance(folded, FoldedDiagonal)]
+        if not diagonal:
+            return None
+        owners = 1 + sum(len(member.groups) for member in self.members)
+        scale, shift = like.new_zeros(owners, like.shape[-1]), like.new_zeros(owners, like.shape[-1])
+        for owner, folded, row in diagonal:
+            scale[owner], shift[owner] = folded.scale[row], folded.bias[row]
+        return scale, shift
+
+    def prompt_rows(self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int]) -> Live | None:
+        """What is edited of prompts of these lengths that begin at these flat rows, each for a member (0: none)."""
+        rows: list[int] = []
+        owners: list[int] = []
+        for length, member, start in zip(lengths, members, starts, strict=True):
+            for group in self.members[member - 1].groups if member else ():
+                tokens = group.indices(length, length)
+                rows += [start + token for token in tokens]
+                owners += [self._owners[member - 1][group.name]] * len(tokens)
+        if not rows:
+            return None
+        device = self._places[0][1].down.device
+        return Live(torch.tensor(rows, device=device), torch.tensor(owners, device=device))
+
+    def owner_of_new_tokens(self, member: int) -> int:
+        """Who edits the tokens that a member generates: one of its groups, or BASE."""
+        names = [group.name for group in self.members[member - 1].groups if group.phase != "prompt"] if member else []
+        return self._owners[member - 1][names[0]] if names else BASE
+
+    @property
+    def edits_new_tokens(self) -> bool:
+        """Whether any member edits the tokens that it generates."""
+        return any(self.owner_of_new_tokens(member) for member in range(1, len(self.members) + 1))
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside, passes of the base model are edited as `live` says."""
+        with ExitStack() as hooks:
+            for target, place in self._places:
+                module, edit = target.module, self._editor(place)
+                if target.end == "output":
+                    hooks.enter_context(module.register_forward_hook(_output_hook(edit)))
+                else:
+                    hooks.enter_context(module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True))
+            try:
+                yield
+            finally:
+                self.live = None
+
+    def _editor(self, place: Place) -> Callable[[Tensor], Tensor | None]:
+        def edit(h: Tensor) -> Tensor | None:
+            if self.live is None:
+                return None
+            rows, owners = self.live.rows, self.live.owners
+            flat = h.reshape(-1, h.shape[-1])
+            before = flat if rows is None else flat.index_select(0, rows)  # [N, D]
+            after = (before + place.delta(before, owners)).to(h.dtype)  # summed in float32, then rounded once
+            return (after if rows is None else flat.index_copy(0, rows, after)).view_as(h)
+
+        return edit
+
+
+def _output_hook(edit: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, object, object], object]:
+    def hook(_: nn.Module, __: object, output: object) -> object:
+        edited = edit(hidden_output(output))
+        if edited is None:
+            return None
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    return hook
+
+
+def _input_hook(
+    edit: Callable[[Tensor], Tensor | None],
+) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], tuple[tuple[object, ...], dict[str, object]] | None]:
+    def hook(
+        _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        edited = edit(hidden_input(args, kwargs))
+        if edited is None:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
+
+    return hook
