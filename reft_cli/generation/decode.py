@@ -25,8 +25,10 @@ MEMORY_SHARE = 0.7  # of the device's free memory that the cache may take
 class Decoder:
     """Decodes for a base model and a stack of checkpoints on it. What it builds serves its later calls."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, *, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.stack, self.tokenizer = model, stack, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, stack: Stack, *, tokenizer: PreTrainedTokenizerBase, compiled: bool = False
+    ) -> None:
+        self.model, self.stack, self.tokenizer, self.compiled = model, stack, tokenizer, compiled
         self._tried: tuple[str | None, int] | None = None
         self._slots: SlotDecoder | None = None
 
@@ -106,6 +108,7 @@ class Decoder:
                 endings=Endings.of(self.model, self.tokenizer, decoding),
                 slots=min(slots, self._slots_in_memory(room)),
                 room=room,
+                compiled=self.compiled,
             )
         assert self._slots is not None
         return self._slots

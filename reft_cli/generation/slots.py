@@ -16,16 +16,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.settings import Decoding, Endings, Request
 from reft_cli.models.attention import attending
+from reft_cli.models.blocks import find_blocks
+from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.slots import SLOTS, SlotCache, prefill, step
 from reft_cli.models.stacked import Live, Stack
 
@@ -121,7 +123,7 @@ class SlotDecoder:
         endings: Endings,
         slots: int,
         room: int,
-        capture: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.model, self.stack, self.decoding, self.endings = model, stack, decoding, endings
         kind = model.device.type
@@ -134,7 +136,7 @@ class SlotDecoder:
             self.state = State.empty(slots=slots, answer=decoding.max_new_tokens, past=past, device=model.device)
         self.steps = 0
         """Steps taken so far, for tests and reports."""
-        self._captures = capture and kind == "cuda"
+        self._captures, self._compiled = kind == "cuda", compiled
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     def fits(self, requests: Sequence[Request], decoding: Decoding) -> bool:
@@ -158,7 +160,8 @@ class SlotDecoder:
         free = list(range(self.cache.slots))
         while waiting or busy:
             if waiting and (not busy or len(free) * REFILL >= self.cache.slots):
-                self._admit(waiting, free, busy)
+                while waiting and free:
+                    self._admit(waiting, free, busy)
             else:
                 steps = min(self.look_every, max(each.left for each in busy.values()))
                 for _ in range(steps):
@@ -242,18 +245,23 @@ class SlotDecoder:
         What it wrote into the cache may stay: the same token is written there again.
         """
         kept = [tensor.clone() for tensor in (*self.state.tensors(), self.cache.lengths)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._advance()
-        torch.cuda.current_stream().wait_stream(side)
-        for tensor, before in zip((*self.state.tensors(), self.cache.lengths), kept, strict=True):
-            tensor.copy_(before)
-        graph = torch.cuda.CUDAGraph()
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self._advance()
+        with compiling(self._parts()) if self._compiled else nullcontext():
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._advance()
+            torch.cuda.current_stream().wait_stream(side)
+            for tensor, before in zip((*self.state.tensors(), self.cache.lengths), kept, strict=True):
+                tensor.copy_(before)
+            with torch.cuda.graph(graph, pool=pool):
+                self._advance()
         return graph
+
+    def _parts(self) -> list[nn.Module]:
+        """What is compiled: blocks, or the parts of them that have no hooks inside, ours or anybody's."""
+        hooked = [each for each in self.model.modules() if each._forward_hooks or each._forward_pre_hooks]
+        return [part for block in find_blocks(self.model).modules for part in compilable_parts(block, hooked)]
 
     # ---- answers
 

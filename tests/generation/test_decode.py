@@ -6,88 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, recomputed, tokens
 
-from reft_cli.data.encode import Example
-from reft_cli.generation.decode import Decoder, decode_all, requests_of
-from reft_cli.generation.settings import Decoding
-from reft_cli.generation.whole import generate
-from reft_cli.models.build import build_intervened
-from reft_cli.models.intervened import IntervenedModel
+from reft_cli.generation.decode import decode_all
 from reft_cli.positions import Positions
-from tiny_models import base_of, byte_tokenizer
-
-TOKENIZER = byte_tokenizer()
-GREEDY = Decoding(max_new_tokens=8)
-POSITIONS = ("f3+l3", "l1", "prompt", "generated", "all")
-
-
-def prompt(length: int, *, seed: int = 0) -> Example:
-    ids = [(11 * token + 5 * length + seed) % 290 + 2 for token in range(length)]
-    return Example(ids, length, None, "", "", 1)
-
-
-PROMPTS = [prompt(length) for length in (1, 2, 3, 7, 12)]
-
-
-def intervened(
-    positions: str = "f3+l3", *, family: str = "llama", method: str = "loreft", component: str = "block_output"
-) -> IntervenedModel:
-    model = build_intervened(
-        base_of(family),
-        method=method,
-        layers="all",
-        component=component,
-        positions=Positions.parse(positions),
-        tied=True,
-        rank=None if method == "red" else 2,
-        init="paper",
-        dropout=0.0,
-        dropout_on="delta",
-        seed=0,
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.bank.parameters():
-            parameter += torch.randn_like(parameter)
-    return model.eval()
-
-
-def recomputed(model: IntervenedModel, example: Example, positions: str, steps: int) -> list[int]:
-    """Greedy decoding that runs the whole sequence, unpadded and with its edits, for every token."""
-    ids, new = list(example.input_ids), []
-    groups = Positions.parse(positions).groups(tied=True)
-    for _ in range(steps):
-        rows = {group.name: torch.tensor(group.indices(example.prompt_length, len(ids))) for group in groups}
-        rows = {name: each.long() for name, each in rows.items()}
-        with torch.no_grad(), model, model.editing(rows):
-            logits = model.base_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-        new.append(int(logits.argmax()))
-        ids.append(new[-1])
-        if new[-1] == 0:
-            break
-    return new
-
-
-def tokens(
-    model: IntervenedModel,
-    prompts: list[Example],
-    positions: str,
-    decoding: Decoding,
-    *,
-    way: str = "slots",
-    size: int = 9,
-) -> list[list[int]]:
-    """New tokens of each prompt up to its end, by one of the two ways."""
-    decoder = Decoder.of(model, Positions.parse(positions).groups(tied=True), tokenizer=TOKENIZER)
-    requests = requests_of(prompts, member=1)
-    if way == "slots":
-        assert decoder.why_not_slots(decoding) is None
-        progress = decoder.progress(requests, decoding=decoding, batch_size=size)
-        done = {each.index: each.tokens for each in progress if each.done}
-        found = [done[index] for index in range(len(prompts))]
-    else:
-        found = generate(model.base_model, decoder.stack, requests, tokenizer=TOKENIZER, decoding=decoding)
-    return [row[: row.index(0) + 1] if 0 in row else row for row in found]
+from tiny_models import base_of
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -154,13 +77,6 @@ def test_the_edit_changes_answers_and_the_base_is_the_base():
     ]
     assert [each.text for each in base] == plain
     assert [each.text for each in edited] != plain
-
-
-def test_sampling_follows_its_seed():
-    model = intervened()
-    sampled = Decoding(max_new_tokens=6, temperature=1.5, top_p=0.9, top_k=50, seed=5)
-    runs = [tokens(model, PROMPTS, "f3+l3", each) for each in (sampled, sampled, replace(sampled, seed=6))]
-    assert runs[0] == runs[1] != runs[2]
 
 
 def test_stop_text_is_cut_off_and_min_new_tokens_kept():

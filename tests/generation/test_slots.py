@@ -1,0 +1,204 @@
+"""Slots: every step has the logits of a recomputation, whoever stands beside, and whichever checkpoint edits a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_decoding import GREEDY, PROMPTS, TOKENIZER, from_slots, intervened, prompt, recomputed, step_logits, tokens
+from torch import Tensor
+
+from reft_cli.generation.choose import Chooser
+from reft_cli.generation.decode import Decoder, requests_of
+from reft_cli.generation.settings import Decoding, Request
+from reft_cli.generation.slots import SlotDecoder
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.slots import try_slots
+from reft_cli.models.stacked import Member, Stack
+from reft_cli.positions import Positions
+from tiny_models import DECODERS, base_of, decoder
+
+EQUAL = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums in another order
+LONG = Decoding(max_new_tokens=12, min_new_tokens=12)
+
+
+@contextmanager
+def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Logits of every choice that is made."""
+    seen: list[Tensor] = []
+    plain = Chooser.choose
+
+    def choose(self: Chooser, logits: Tensor, **state: Tensor) -> Tensor:
+        seen.append(logits.clone())
+        return plain(self, logits, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chooser, "choose", choose)
+        yield seen
+
+
+@pytest.mark.parametrize("positions", ["f3+l3", "all"])
+@pytest.mark.parametrize("family", sorted(DECODERS.keys() - {"gemma2"}))
+def test_logits_of_every_step_are_those_of_a_recomputation(
+    family: str, positions: str, monkeypatch: pytest.MonkeyPatch
+):
+    model, asked = intervened(positions, family=family), prompt(9)
+    with watching(monkeypatch) as seen:
+        answer = tokens(model, [asked], positions, LONG)[0]
+    assert len(seen) == len(answer) == 12
+    for count, logits in enumerate(seen):
+        wanted = step_logits(model, asked.input_ids + answer[:count], 9, positions)
+        torch.testing.assert_close(logits[0], wanted, **EQUAL)
+
+
+@pytest.mark.parametrize(("slots", "prompts"), [(1, 5), (2, 9), (3, 14), (16, 14)])
+def test_answers_do_not_depend_on_the_queue(slots: int, prompts: int, monkeypatch: pytest.MonkeyPatch):
+    model = intervened("all")
+    asked = [prompt(1 + 5 * index % 13, seed=index) for index in range(prompts)]
+    whole = [recomputed(model, each, "all", 8) for each in asked]
+    ends = {answer[index % 8] for index, answer in enumerate(whole)}
+    monkeypatch.setattr(model.base_model.generation_config, "eos_token_id", sorted(ends))
+    wanted = [each[: next((at for at, token in enumerate(each) if token in ends), 7) + 1] for each in whole]
+    assert len({len(each) for each in wanted}) > 2  # so slots are filled again one by one
+    assert tokens(model, asked, "all", GREEDY, size=slots) == wanted
+
+
+def test_a_finished_slot_takes_the_next_prompt_at_once():
+    model = intervened()
+    decoder = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    asked = [prompt(3 + index % 7, seed=index) for index in range(40)]
+    lengths = [len(each) for each in from_slots(decoder, requests_of(asked, member=1), GREEDY, size=4)]
+    assert decoder._slots is not None
+    assert decoder._slots.steps < sum(lengths) / 4 + 8 + 40 / 4  # of a full batch, its tail, and the first tokens
+
+
+def test_what_stands_in_the_cache_is_not_seen_by_those_who_come_after():
+    model, short = intervened("all"), prompt(2)
+    decoder = Decoder.of(model, Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER)
+    alone = from_slots(decoder, requests_of([short], member=1), LONG)
+    after = from_slots(decoder, requests_of([prompt(40), short], member=1), LONG, size=1)
+    assert after[1] == alone[0]
+
+
+# ---- several checkpoints
+
+MIXED = {
+    1: ("f3+l3", {"method": "loreft", "rank": 2, "seed": 1}),
+    2: ("all", {"method": "red", "component": "mlp_output", "seed": 2}),
+    3: ("l1", {"method": "direft", "rank": 5, "layers": "1", "seed": 3}),
+    4: ("generated", {"method": "noreft", "rank": 3, "component": "attention_output", "seed": 4}),
+    5: ("prompt", {"method": "consreft", "rank": 1, "component": "mlp_activation", "layers": "0;2", "seed": 5}),
+    6: ("all", {"method": "lobireft", "rank": 2, "component": "block_input", "seed": 6}),
+    7: ("all", {"method": "red", "seed": 7}),
+}
+
+
+def mixed() -> tuple[dict[int, IntervenedModel], Decoder]:
+    models = {member: intervened(positions, **options) for member, (positions, options) in MIXED.items()}
+    members = [Member.of(models[each], Positions.parse(MIXED[each][0]).groups(tied=True)) for each in sorted(MIXED)]
+    base = decoder("llama")
+    return models, Decoder(base, Stack(base, members), tokenizer=TOKENIZER)
+
+
+def plain(ids: list[int], steps: int) -> list[int]:
+    """The base model's own answer."""
+    found = decoder("llama").generate(torch.tensor([ids]), max_new_tokens=steps, do_sample=False, pad_token_id=1)
+    return found[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("way", ["slots", "whole"])
+@pytest.mark.parametrize("size", [3, 24])
+def test_a_mixed_batch_equals_each_alone(size: int, way: str):
+    models, together = mixed()
+    asked = [(member, prompt(length, seed=member)) for length in (1, 4, 9) for member in (0, *sorted(MIXED))]
+    settings = GREEDY if way == "slots" else replace(GREEDY, use_cache=False)
+    requests = [Request(each.input_ids, member) for member, each in asked]
+    progress = together.progress(requests, decoding=settings, batch_size=size)
+    found = {each.index: each.tokens for each in progress if each.done}
+    for index, (member, each) in enumerate(asked):
+        if member:
+            wanted = recomputed(models[member], each, MIXED[member][0], 8)
+        else:
+            wanted = plain(each.input_ids, 8)
+        assert found[index][: len(wanted)] == wanted, (member, len(each.input_ids))
+    assert len({tuple(found[index]) for index in range(16, 24)}) == 8  # eight models, eight answers
+
+
+def test_untied_groups_keep_their_own_weights():
+    model = intervened("f2+l2", tied=False)
+    groups = Positions.parse("f2+l2").groups(tied=False)
+    found = from_slots(Decoder.of(model, groups, tokenizer=TOKENIZER), requests_of(PROMPTS, member=1), GREEDY)
+    for each, answer in zip(PROMPTS, found, strict=True):
+        ids, new = list(each.input_ids), []
+        for _ in answer:
+            rows = {group.name: torch.tensor(group.indices(each.prompt_length, len(ids))).long() for group in groups}
+            with torch.no_grad(), model, model.editing(rows):
+                new.append(int(model.base_model(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(new[-1])
+        assert answer == new
+
+
+# ---- what is left behind, and who cannot
+
+
+def test_a_reader_who_stops_leaves_the_model_as_it_was():
+    model = intervened("all")
+    base = model.base_model
+    wanted = plain([5, 6, 7], 8)
+    decoder_of_it = Decoder.of(model, Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER)
+    progress = decoder_of_it.progress(requests_of([prompt(5)], member=1), decoding=LONG, batch_size=1)
+    assert not next(progress).done
+    progress.close()
+    assert base.config._attn_implementation == "sdpa"
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in base.modules())
+    assert plain([5, 6, 7], 8) == wanted
+    assert tokens(model, [prompt(5)], "all", GREEDY) == [recomputed(model, prompt(5), "all", 8)]
+
+
+def test_who_cannot_decode_from_slots_is_told_and_goes_through_generate():
+    assert try_slots(decoder("gemma2"))[0] == "its attention uses softcap"
+    model = intervened(family="gemma2")
+    found = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    assert found.why_not_slots(GREEDY) == "its attention uses softcap"
+    assert found.why_not_slots(replace(GREEDY, beams=2)) == "beams need a search of their own"
+    assert found.why_not_slots(replace(GREEDY, use_cache=False)) == "use_cache is off"
+    progress = found.progress(requests_of(PROMPTS, member=1), decoding=GREEDY, batch_size=2)
+    answers = {each.index: each.tokens for each in progress}
+    for index, each in enumerate(PROMPTS):
+        wanted = recomputed(model, each, "f3+l3", 8)
+        assert answers[index][: len(wanted)] == wanted
+
+
+def test_a_model_whose_logits_change_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    model = base_of("llama").model
+    monkeypatch.setattr(type(model), "forward", shifting(type(model).forward))
+    assert try_slots(model)[0] == "its logits change when it decodes from slots"
+
+
+def shifting(forward):
+    def shifted(self, *args, position_ids=None, **kwargs):
+        wrong = None if position_ids is None else position_ids * 3
+        return forward(self, *args, position_ids=wrong, **kwargs)
+
+    return shifted
+
+
+def test_one_decoder_serves_calls_of_any_size():
+    model = intervened()
+    serving = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    for asked in ([prompt(4)], [prompt(60), prompt(3)], [prompt(4)], [prompt(90)]):
+        found = from_slots(serving, requests_of(asked, member=1), GREEDY)
+        assert found == [recomputed(model, each, "f3+l3", 8) for each in asked]
+
+
+def test_slots_that_fit_are_kept_between_calls():
+    model = intervened()
+    serving = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    kept: list[SlotDecoder | None] = []
+    for length in (4, 30, 5, 60):
+        from_slots(serving, requests_of([prompt(length)], member=1), GREEDY)
+        kept.append(serving._slots)
+    assert kept[0] is kept[1] is kept[2] is not kept[3]

@@ -1,0 +1,113 @@
+"""Slots on a GPU: captured steps give what recomputation and plain steps give, with edits, refills and many spans."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_decoding import GREEDY, TOKENIZER, from_slots, intervened, prompt, recomputed
+
+from reft_cli.generation.decode import Decoder, requests_of
+from reft_cli.generation.settings import Decoding, Request
+from reft_cli.generation.slots import SlotDecoder
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseModel, shape_hash
+from reft_cli.models.stacked import Member, Stack
+from reft_cli.positions import Positions
+from tiny_models import decoder
+
+pytestmark = pytest.mark.gpu
+ASKED = [prompt(1 + 7 * index % 40, seed=index) for index in range(20)]
+
+
+def on_gpu(family: str = "llama", dtype: torch.dtype = torch.float32) -> BaseModel:
+    model = deepcopy(decoder(family)).to("cuda", dtype)
+    return BaseModel(model, family, None, shape_hash(model))
+
+
+def serving(model: IntervenedModel, positions: str, *, compiled: bool = False) -> Decoder:
+    member = Member.of(model, Positions.parse(positions).groups(tied=True))
+    stack = Stack(model.base_model, [member])
+    return Decoder(model.base_model, stack, tokenizer=TOKENIZER, compiled=compiled)
+
+
+@pytest.fixture
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step for every 16 columns, so that one answer needs several."""
+    monkeypatch.setitem(__import__("reft_cli.generation.slots", fromlist=["SPANS"]).SPANS, "cuda", 16)
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("method", ["loreft", "red"])
+@pytest.mark.parametrize("positions", ["f3+l3", "all", "generated"])
+def test_captured_steps_equal_recomputation(positions: str, method: str):
+    model = intervened(positions, base=on_gpu(), method=method).to("cuda")
+    decoding = replace(GREEDY, max_new_tokens=30)
+    found = from_slots(serving(model, positions), requests_of(ASKED, member=1), decoding, size=6)
+    for each, answer in zip(ASKED, found, strict=True):
+        assert answer == recomputed(model, each, positions, 30)
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt2", "opt", "qwen3"])
+def test_families_equal_recomputation(family: str):
+    model = intervened(base=on_gpu(family)).to("cuda")
+    found = from_slots(serving(model, "f3+l3"), requests_of(ASKED[:6], member=1), GREEDY, size=3)
+    assert found == [recomputed(model, each, "f3+l3", 8) for each in ASKED[:6]]
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(max_new_tokens=20),
+        Decoding(max_new_tokens=20, temperature=1.3, top_k=40, top_p=0.9, seed=3),
+        Decoding(max_new_tokens=20, repetition_penalty=1.5, no_repeat_ngram_size=3, min_new_tokens=5),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_equal_plain_ones(dtype: torch.dtype, decoding: Decoding, monkeypatch: pytest.MonkeyPatch):
+    model = intervened("all", base=on_gpu(dtype=dtype)).to("cuda")
+    requests, way = requests_of(ASKED, member=1), serving(model, "all")
+    captured = from_slots(way, requests, decoding, size=8)
+    assert way._slots is not None and way._slots._graphs
+    plain = serving(model, "all")
+
+    def uncaptured(self: SlotDecoder, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)
+        self._captures = False
+
+    original = SlotDecoder.__init__
+    monkeypatch.setattr(SlotDecoder, "__init__", uncaptured)
+    assert from_slots(plain, requests, decoding, size=8) == captured
+    assert plain._slots is not None and not plain._slots._graphs
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_compiled_blocks_equal_plain_ones():
+    for positions, component in (("f3+l3", "block_output"), ("all", "block_output"), ("all", "mlp_output")):
+        model = intervened(positions, base=on_gpu(), component=component).to("cuda")
+        requests = requests_of(ASKED, member=1)
+        plain = from_slots(serving(model, positions), requests, GREEDY, size=6)
+        assert from_slots(serving(model, positions, compiled=True), requests, GREEDY, size=6) == plain
+
+
+def test_a_mixed_batch_equals_each_alone():
+    base = on_gpu()
+    kinds = {
+        1: ("f3+l3", {"method": "loreft", "rank": 2, "seed": 1}),
+        2: ("all", {"method": "red", "component": "mlp_output", "seed": 2}),
+        3: ("generated", {"method": "direft", "rank": 5, "layers": "1", "seed": 3}),
+    }
+    models = {
+        each: intervened(positions, base=base, **options).to("cuda") for each, (positions, options) in kinds.items()
+    }
+    members = [Member.of(models[each], Positions.parse(kinds[each][0]).groups(tied=True)) for each in kinds]
+    together = Decoder(base.model, Stack(base.model, members), tokenizer=TOKENIZER)
+    requests = [Request(each.input_ids, index % 4) for index, each in enumerate(ASKED)]
+    found = from_slots(together, requests, GREEDY, size=7)
+    for request, each, answer in zip(requests, ASKED, found, strict=True):
+        if request.member:
+            model, positions = models[request.member], kinds[request.member][0]
+            assert answer == recomputed(model, each, positions, 8)
