@@ -25,6 +25,7 @@ class PlainProgress:
     def __init__(self) -> None:
         self.unit = "step"
         self._began = self._said = time.monotonic()
+        self._start = 0  # what was done before
 
     def __enter__(self) -> Self:
         return self
@@ -36,6 +37,7 @@ class PlainProgress:
         """Say what begins."""
         self.unit = str(summary.get("unit", "step"))
         self._began = self._said = time.monotonic()
+        self._start = start_step
         if "run" in summary:
             console.settings.run = Path(str(summary["run"]))
         console.say(_opening(steps, start_step, summary))
@@ -53,7 +55,7 @@ class PlainProgress:
 
     def eta(self, done: int, total: int) -> float:
         """Seconds left, if the rest goes as what was done since on_start."""
-        return (time.monotonic() - self._began) / max(done, 1) * (total - done)
+        return (time.monotonic() - self._began) / max(done - self._start, 1) * (total - done)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """Print the scores, while training; what `reft eval` finds is its result and goes to stdout."""

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from reft_cli.data.batch import Batch, build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
+from reft_cli.evaluation.answers import answer_all
 from reft_cli.evaluation.extraction import Rule
 from reft_cli.evaluation.metrics import FROM_LOSS, by_source, score_classes, score_loss, score_numbers, score_texts
-from reft_cli.generation.decode import decode_all
-from reft_cli.generation.settings import Decoding
+from reft_cli.generation.decode import Decoder, requests_of
+from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import HEADS, TASKS, predict
@@ -47,9 +48,14 @@ class Evaluator:
     """How the answer is found in generated text; None: all of it is the answer."""
 
     @property
+    def generates(self) -> bool:
+        """Whether rows are answered, and not only read."""
+        return self.kind == "causal_lm" and self.metric not in FROM_LOSS
+
+    @property
     def new_tokens(self) -> int:
         """Tokens that may be generated for a row."""
-        return self.decoding.max_new_tokens if self.kind == "causal_lm" and self.metric not in FROM_LOSS else 0
+        return self.decoding.max_new_tokens if self.generates else 0
 
     def run(
         self,
@@ -58,9 +64,11 @@ class Evaluator:
         *,
         prompts: Sequence[Example],
         edited: bool = True,
+        answers: Sequence[Answer] | None = None,
         on_progress: Progress | None = None,
     ) -> Evaluation:
-        """Score examples; `prompts` are the same rows without their answers (used by causal_lm only).
+        """Score examples; `prompts` are the same rows without their answers, `answers` what was decoded for them
+        already (causal_lm only, both).
 
         DataError: one is longer than the model has positions for.
         """
@@ -68,7 +76,7 @@ class Evaluator:
         examples = list(examples)  # columns would make each anew, and what is found of one is kept by its identity
         tell = on_progress or (lambda done, total: None)
         if self.kind == "causal_lm":
-            return self._causal(model, examples, prompts, edited, tell)
+            return self._causal(model, examples, prompts, edited, answers, tell)
         return self._head(model, examples, edited, tell)
 
     def _causal(
@@ -77,6 +85,7 @@ class Evaluator:
         examples: Sequence[Example],
         prompts: Sequence[Example],
         edited: bool,
+        answers: Sequence[Answer] | None,
         tell: Progress,
     ) -> Evaluation:
         loss = self.mean_loss(model, examples, edited=edited)
@@ -86,16 +95,14 @@ class Evaluator:
         ]
         if self.metric in FROM_LOSS:
             return Evaluation(metrics | {self.metric: score_loss(self.metric, loss)}, samples)
-        answers = decode_all(
-            model,
-            prompts,
-            groups=self.groups,
-            tokenizer=self.tokenizer,
-            decoding=self.decoding,
-            batch_size=self.batch_size,
-            edited=edited,
-            on_progress=lambda done: tell(done, len(prompts)),
-        )
+        if answers is None:
+            answers = answer_all(
+                Decoder.of(model, self.groups, tokenizer=self.tokenizer),
+                requests_of(prompts, member=int(edited)),
+                decoding=self.decoding,
+                batch_size=self.batch_size,
+                on_progress=lambda done: tell(done, len(prompts)),
+            )
         for sample, answer in zip(samples, answers, strict=True):
             sample |= {"prediction": answer.text, "finished": answer.finished}
         guesses, truths = self._compared([answer.text for answer in answers], examples)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_cli.data.encode import Example
-from reft_cli.data.fitting import check_fits
 from reft_cli.generation.settings import Answer, Decoding, Endings, Request, end_tokens
 from reft_cli.generation.slots import Progressed, SlotDecoder, rounded
 from reft_cli.generation.stream import Growing, cut_at
@@ -118,36 +117,12 @@ class Decoder:
         if self.model.device.type != "cuda":
             return 2**31
         assert self._tried is not None
-        free = torch.cuda.mem_get_info(self.model.device)[0]
+        device = self.model.device
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
         return max(1, int(free * MEMORY_SHARE) // (self._tried[1] * room))
 
 
 def requests_of(prompts: Sequence[Example], *, member: int) -> list[Request]:
     """Every prompt once, for one member of the stack."""
     return [Request(prompt.input_ids, member) for prompt in prompts]
-
-
-def decode_all(
-    model: IntervenedModel,
-    prompts: Sequence[Example],
-    *,
-    groups: Sequence[PositionGroup],
-    tokenizer: PreTrainedTokenizerBase,
-    decoding: Decoding,
-    batch_size: int,
-    edited: bool = True,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """Answers to any number of prompts, in their order; with `edited=False` those of the base model.
-
-    DataError: a prompt and its answer may be more than the model has positions for.
-    """
-    check_fits(prompts, model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
-    decoder = Decoder.of(model, groups, tokenizer=tokenizer)
-    answers: dict[int, Answer] = {}
-    requests = requests_of(prompts, member=int(edited))
-    for index, answer in decoder.answers(requests, decoding=decoding, batch_size=batch_size):
-        answers[index] = answer
-        if on_progress:
-            on_progress(len(answers))
-    return [answers[index] for index in range(len(prompts))]

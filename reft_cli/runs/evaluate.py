@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reft_cli.data.encode import Example
+from reft_cli.data.fitting import check_fits
 from reft_cli.data.records import Rows, Source, read_rows
 from reft_cli.environment import versions
 from reft_cli.errors import SpecError
+from reft_cli.evaluation.answers import answer_all, answer_store
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
+from reft_cli.generation.decode import requests_of
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.session import Session, open_run
@@ -82,8 +85,10 @@ def evaluate(
             device=session.model.device,
             tied=session.tied,
         )
+        name = [split if data is None else Path(encoded.name).stem, f"step_{session.checkpoint.manifest.step:06d}"]
+        name += ["base"] * (base == "only") + ([f"first_{limit}"] if limit else [])
         started = time.perf_counter()
-        results = _score(session, encoded.examples, evaluator, base=base, observer=observer)
+        results = _score(session, encoded.examples, evaluator, base=base, name="-".join(name), observer=observer)
         seconds = time.perf_counter() - started
         report = EvalReport(
             run=run,
@@ -96,8 +101,6 @@ def evaluate(
             seconds=round(seconds, 3),
             path=None,
         )
-        name = [split if data is None else Path(encoded.name).stem, f"step_{session.checkpoint.manifest.step:06d}"]
-        name += ["base"] * (base == "only") + ([f"first_{limit}"] if limit else [])
         if session.found.run is not None:
             facts = {"generation": summary_of(decoding) | {"batch_size": size}, "device": str(session.model.device)}
             report = _keep(session.found.run, report, results, name="-".join(name), facts=facts)
@@ -108,11 +111,15 @@ def evaluate(
 
 
 def _score(
-    session: Session, examples: Sequence[Example], evaluator: Evaluator, *, base: Base, observer: Observer
+    session: Session, examples: Sequence[Example], evaluator: Evaluator, *, base: Base, name: str, observer: Observer
 ) -> dict[str, Evaluation]:
     """The evaluations that `base` asks for, by the names run and base."""
     passes = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}[base]
-    total, prompts = len(passes) * len(examples), without_answers(examples)
+    prompts = without_answers(examples)
+    if evaluator.generates:
+        check_fits(examples, session.model.base_model, name="row", new_tokens=evaluator.new_tokens)
+        return _generate_and_score(session, examples, prompts, evaluator, passes=passes, name=name, observer=observer)
+    total = len(passes) * len(examples)
     observer.on_start(total, 0, {"verb": "evaluating", "unit": "row"})
     results: dict[str, Evaluation] = {}
     for which in passes:
@@ -125,6 +132,48 @@ def _score(
             on_progress=lambda done, _, before=before: observer.on_progress(before + done, total),  # type: ignore[misc]
         )
     return results
+
+
+def _generate_and_score(
+    session: Session,
+    examples: Sequence[Example],
+    prompts: Sequence[Example],
+    evaluator: Evaluator,
+    *,
+    passes: list[str],
+    name: str,
+    observer: Observer,
+) -> dict[str, Evaluation]:
+    """One batch of all models' answers; with a run folder they are kept as they come."""
+    run = session.found.run
+    requests = [each for which in passes for each in requests_of(prompts, member=int(which == "run"))]
+    path = None if run is None else run.evaluation(name, suffix=".partial.jsonl")
+    with answer_store(path, settings=_settings_digest(session, evaluator)) as store:
+        done = 0 if store is None else sum(store.key(each) in store.known for each in requests)
+        observer.on_start(len(requests), done, {"verb": "evaluating", "unit": "row"})
+        reason = session.decoder.why_not_slots(evaluator.decoding)
+        if reason is not None:
+            observer.on_message("debug", f"decoding by transformers' generate: {reason}")
+        answers = answer_all(
+            session.decoder,
+            requests,
+            decoding=evaluator.decoding,
+            batch_size=evaluator.batch_size,
+            store=store,
+            on_progress=lambda done: observer.on_progress(done, len(requests)),
+        )
+        parts = {which: answers[index * len(prompts) :][: len(prompts)] for index, which in enumerate(passes)}
+        return {
+            which: evaluator.run(session.model, examples, prompts=prompts, edited=which == "run", answers=parts[which])
+            for which in passes
+        }
+
+
+def _settings_digest(session: Session, evaluator: Evaluator) -> str:
+    """Of everything that decides an answer to a prompt."""
+    manifest, model = session.checkpoint.manifest, session.model.base_model
+    facts = [manifest.sha256.manifest, summary_of(evaluator.decoding), str(model.dtype), model.device.type, versions()]
+    return json.dumps(facts, sort_keys=True)
 
 
 def _rows(session: Session, data: str | None, split: str, limit: int | None) -> Rows:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, recomputed, tokens
 
-from reft_cli.generation.decode import decode_all
+from reft_cli.data.encode import Example
+from reft_cli.generation.decode import Decoder, requests_of
+from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.positions import Positions
-from tiny_models import base_of
+from tiny_models import base_of, byte_tokenizer
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -59,13 +61,18 @@ def test_beams_equal_beams_without_a_cache(positions: str):
     )
 
 
+def answers(decoder: Decoder, prompts: list[Example], decoding: Decoding, *, member: int = 1) -> list[Answer]:
+    found = dict(decoder.answers(requests_of(prompts, member=member), decoding=decoding, batch_size=2))
+    return [found[index] for index in range(len(prompts))]
+
+
+def decoder_of(positions: str = "f3+l3") -> Decoder:
+    return Decoder.of(intervened(positions), Positions.parse(positions).groups(tied=True), tokenizer=TOKENIZER)
+
+
 def test_the_edit_changes_answers_and_the_base_is_the_base():
-    model = intervened()
-    groups = Positions.parse("f3+l3").groups(tied=True)
-    args = {"groups": groups, "tokenizer": TOKENIZER, "decoding": GREEDY, "batch_size": 2}
-    with model:
-        edited = decode_all(model, PROMPTS, **args)
-        base = decode_all(model, PROMPTS, edited=False, **args)
+    edited = answers(decoder_of(), PROMPTS, GREEDY)
+    base = answers(decoder_of(), PROMPTS, GREEDY, member=0)
     plain = [
         TOKENIZER.decode(
             base_of("llama").model.generate(
@@ -79,14 +86,30 @@ def test_the_edit_changes_answers_and_the_base_is_the_base():
     assert [each.text for each in edited] != plain
 
 
-def test_stop_text_is_cut_off_and_min_new_tokens_kept():
-    model = intervened()
-    args = {"groups": Positions.parse("f3+l3").groups(tied=True), "tokenizer": TOKENIZER, "batch_size": 2}
-    with model:
-        whole = decode_all(model, PROMPTS[4:], decoding=GREEDY, **args)[0]
-        stop = whole.text[2:4]
-        cut = decode_all(model, PROMPTS[4:], decoding=replace(GREEDY, stop=(stop,)), **args)[0]
-        longer = decode_all(model, PROMPTS, decoding=replace(GREEDY, min_new_tokens=8), **args)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_stop_text_is_cut_off_and_min_new_tokens_kept(use_cache: bool):
+    greedy = replace(GREEDY, use_cache=use_cache)
+    whole = answers(decoder_of(), PROMPTS[4:], greedy)[0]
+    stop = whole.text[2:4]
+    cut = answers(decoder_of(), PROMPTS[4:], replace(greedy, stop=(stop,)))[0]
+    longer = answers(decoder_of(), PROMPTS, replace(greedy, min_new_tokens=8))
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finished
     assert [each.tokens for each in longer] == [8] * 5
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, replace(GREEDY, use_cache=False), replace(GREEDY, beams=2)])
+def test_a_streamed_answer_is_the_answer(decoding: Decoding):
+    decoder = decoder_of("all")
+    for each in PROMPTS:
+        request = requests_of([each], member=1)[0]
+        assert "".join(decoder.stream(request, decoding=decoding)) == answers(decoder, [each], decoding)[0].text
+
+
+@pytest.mark.parametrize("way", ["slots", "whole"])
+def test_padding_is_not_the_end_though_they_are_one_token(way: str):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    decoder = Decoder(decoder_of().model, decoder_of().stack, tokenizer=tokenizer)
+    decoding = replace(GREEDY, use_cache=way == "slots")
+    assert answers(decoder, PROMPTS, decoding) == answers(decoder_of(), PROMPTS, decoding)

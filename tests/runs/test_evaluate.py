@@ -223,6 +223,47 @@ def test_an_observer_sees_every_row_of_both_models(run: Path):
     assert observer.told == [("start", 14, "evaluating"), *progress, ("end", "finished")]
 
 
+class Killing(Counting):
+    """Ends the evaluation after some rows, as a kill would."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def on_start(self, steps: int, start_step: int, summary: Mapping[str, object]) -> None:
+        self.told.append((start_step, steps))
+
+    def on_progress(self, done: int, total: int) -> None:
+        if done == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("tear", [False, True])
+def test_a_killed_evaluation_goes_on_where_it_stood(run: Path, tear: bool):
+    whole = evaluate(run, base="compare")
+    samples = whole.path.with_suffix(".samples.jsonl").read_text()
+    for after in (5, 9):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, base="compare", observer=Killing(after))
+    partial = whole.path.with_name(f"{whole.path.stem}.partial.jsonl")
+    if tear:
+        partial.write_text(partial.read_text() + '{"key": "to')
+    last = Killing(-1)
+    again = evaluate(run, base="compare", observer=last)
+    assert last.told[0] == (9, 14)
+    assert (again.metrics, again.base_metrics) == (whole.metrics, whole.base_metrics)
+    assert again.path.with_suffix(".samples.jsonl").read_text() == samples
+    assert not partial.exists()
+
+
+def test_answers_of_other_settings_are_not_taken_for_these(run: Path):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, observer=Killing(4))
+    longer = Killing(-1)
+    evaluate(run, generation={"max_new_tokens": 2}, observer=longer)
+    assert longer.told[0] == (0, 7)
+
+
 def test_what_cannot_be_evaluated_is_said_in_words(run: Path, make_spec: Callable[..., LoadedSpec], tmp_path: Path):
     with pytest.raises(SpecError, match=r"^--split tests: the run's spec has train, validation and test$"):
         evaluate(run, split="tests")

@@ -1,0 +1,99 @@
+"""Answers to many prompts, kept one by one as they come, so that a killed evaluation goes on where it stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from reft_cli.generation.decode import Decoder
+from reft_cli.generation.settings import Answer, Decoding, Request
+
+
+class AnswerStore:
+    """A file with a JSON line for each answer, under a key of what decides it: the settings, the model, the prompt.
+
+    Lines of other settings, of other prompts, and one that a kill tore are passed over; new ones go to the end.
+    """
+
+    def __init__(self, path: Path, *, settings: str) -> None:
+        self.path, self.settings = path, settings
+        self.known = dict(self._read())
+        self._file: TextIO | None = None
+
+    def _read(self) -> Iterator[tuple[str, Answer]]:
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        for line in whole.splitlines():
+            values = json.loads(line)
+            yield values.pop("key"), Answer(**values)
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
+
+    def key(self, request: Request) -> str:
+        """The same for requests that have the same answer."""
+        numbers = array("q", (request.member, request.sample, *request.prompt)).tobytes()
+        return hashlib.sha256(self.settings.encode() + numbers).hexdigest()[:24]
+
+    def add(self, request: Request, answer: Answer) -> None:
+        """Keep an answer; it is with the operating system when this returns."""
+        key = self.key(request)
+        self.known[key] = answer
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps({"key": key} | asdict(answer), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Leave the file for the next time."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@contextmanager
+def answer_store(path: Path | None, *, settings: str) -> Iterator[AnswerStore | None]:
+    """A store while the answers are used; nothing is left of it if all went well, and everything if not."""
+    if path is None:
+        yield None
+        return
+    store = AnswerStore(path, settings=settings)
+    try:
+        yield store
+    finally:
+        store.close()
+    path.unlink(missing_ok=True)
+
+
+def answer_all(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    store: AnswerStore | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answers in the order of the requests; those that the store knows are not decoded again."""
+    answers = {} if store is None else _known(requests, store)
+    waiting = [index for index in range(len(requests)) if index not in answers]
+    queue = [requests[index] for index in waiting]
+    for number, answer in decoder.answers(queue, decoding=decoding, batch_size=batch_size):
+        answers[waiting[number]] = answer
+        if store is not None:
+            store.add(queue[number], answer)
+        if on_progress:
+            on_progress(len(answers))
+    return [answers[index] for index in range(len(requests))]
+
+
+def _known(requests: Sequence[Request], store: AnswerStore) -> dict[int, Answer]:
+    keys = [store.key(request) for request in requests]
+    return {index: store.known[key] for index, key in enumerate(keys) if key in store.known}
