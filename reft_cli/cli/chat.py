@@ -72,9 +72,7 @@ class Chat:
             text = write_stream(pieces)
         except KeyboardInterrupt:
             console.result("")
-            with contextlib.suppress(KeyboardInterrupt):
-                for _ in pieces:  # the decoder cannot be stopped; let it come to its end before the next answer
-                    pass
+            pieces.close()
             return
         if self.remembers:
             self.messages += [turn, {"role": "assistant", "content": text.strip()}]

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from reft_cli.data.records import Rows
     from reft_cli.generation.settings import Answer
     from reft_cli.runs import Session
+    from reft_cli.runs.session import Model
 
-CHUNK = 256  # rows answered before their lines are written
-ADDED = {"run": "prediction", "base": "base_prediction"}  # model -> the key of its answer
+ADDED: dict[Model, str] = {"run": "prediction", "base": "base_prediction"}  # model -> the key of its answer
 SOURCES = ("--prompt", "--field", "--input", "--chat")
 AGAINST = (
     ("--base", "--compare"),
@@ -77,7 +77,7 @@ def infer(
     given |= {"--resume": resume, "--base": base, "--compare": compare, "--stream": stream, "--raw": raw}
     _check_flags(given | {"--json": as_json})
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    models = ["base", "run"] if compare else ["base" if base else "run"]
+    models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
     how = How({key: value for key, value in asked.items() if value is not None}, models, raw)
     from reft_cli import runs
 
@@ -98,15 +98,12 @@ class How:
     """What the flags ask for: settings of the decoding, the models that answer, and whether there is no template."""
 
     settings: dict[str, Any]
-    models: Sequence[str]
+    models: Sequence[Model]
     raw: bool
 
-    def answer(self, session: Session, prompts: Sequence[str | Mapping[str, Any]]) -> dict[str, list[Answer]]:
-        """Model -> its answers."""
-        return {
-            name: session.answer(prompts, settings=self.settings, base=name == "base", raw=self.raw)
-            for name in self.models
-        }
+    def answers(self, session: Session, prompts: Sequence[str | Mapping[str, Any]]) -> Iterator[dict[Model, Answer]]:
+        """For each prompt the answer of each model, as soon as it is known."""
+        return session.answers(prompts, settings=self.settings, models=self.models, raw=self.raw)
 
 
 def _chat(session: Session, how: How) -> None:
@@ -145,7 +142,7 @@ def _answer_one(session: Session, row: str | Mapping[str, Any], how: How, *, as_
     if stream and not as_json and len(how.models) == 1:
         write_stream(session.stream(row, settings=how.settings, base="base" in how.models, raw=how.raw))
         return
-    found = {name: answers[0] for name, answers in how.answer(session, [row]).items()}
+    found = next(how.answers(session, [row]))
     if as_json:
         facts = {
             name: {"answer": each.text, "tokens": each.tokens, "finished": each.finished}
@@ -196,14 +193,12 @@ def _answer_rows(session: Session, source: str, how: How, *, output: Path | None
     done = _done(output, rows, resume=resume)
     with progress(live=output is not None) as observer, _opened(output) as file:
         observer.on_start(len(rows), done, {"verb": "answering", "unit": "row"})
-        for start in range(done, len(rows), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            found = how.answer(session, prompts[chunk])
-            for offset, row in enumerate(rows.rows[chunk]):
-                line = row | {ADDED[name]: answers[offset].text for name, answers in found.items()}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        found = how.answers(session, prompts[done:])
+        for number, (row, answers) in enumerate(zip(rows.rows[done:], found, strict=True), start=done + 1):
+            line = row | {ADDED[name]: answer.text for name, answer in answers.items()}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
-            observer.on_progress(min(start + CHUNK, len(rows)), len(rows))
+            observer.on_progress(number, len(rows))
     if output is not None:
         console.result(str(output))
 

@@ -53,6 +53,8 @@ class Decoder:
         self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int
     ) -> Generator[Progressed, None, None]:
         """How answers grow, in whatever order they do; tokens may go on after the answer's end."""
+        if not requests:
+            return
         if self.why_not_slots(decoding) is None:
             yield from self._slot_decoder(requests, decoding, batch_size).run(requests)
             return
@@ -74,17 +76,32 @@ class Decoder:
                 if each.done:
                     yield order[each.index], endings.answer(each.tokens)
 
-    def stream(self, request: Request, *, decoding: Decoding) -> Iterator[str]:
+    def in_order(self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int) -> Iterator[Answer]:
+        """Answers in the order of the requests, each as soon as those before it are done."""
+        endings = Endings.of(self.model, self.tokenizer, decoding)
+        early: dict[int, Answer] = {}
+        told = 0
+        with closing(self.progress(requests, decoding=decoding, batch_size=batch_size)) as found:
+            for each in found:
+                if each.done:
+                    early[each.index] = endings.answer(each.tokens)
+                while told in early:
+                    yield early.pop(told)
+                    told += 1
+
+    def stream(self, request: Request, *, decoding: Decoding) -> Generator[str, None, None]:
         """Pieces of one answer as it is decoded, up to a stop text. Beams come as one piece."""
         if decoding.beams > 1:
             yield next(self.answers([request], decoding=decoding, batch_size=1))[1].text
         elif self.why_not_slots(decoding) is None:
-            yield from cut_at(self._pieces(request, decoding), decoding.stop)
+            with closing(self._pieces(request, decoding)) as found:
+                yield from cut_at(found, decoding.stop)
         else:
-            found = stream(self.model, self.stack, request, tokenizer=self.tokenizer, decoding=decoding)
-            yield from cut_at(found, decoding.stop)
+            whole = stream(self.model, self.stack, request, tokenizer=self.tokenizer, decoding=decoding)
+            with closing(whole) as found:
+                yield from cut_at(found, decoding.stop)
 
-    def _pieces(self, request: Request, decoding: Decoding) -> Iterator[str]:
+    def _pieces(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
         growing, told = Growing(self.tokenizer, ends=end_tokens(self.model, self.tokenizer)), 0
         with closing(self.progress([request], decoding=decoding, batch_size=1)) as found:
             for each in found:
@@ -95,8 +112,8 @@ class Decoder:
 
     def _slot_decoder(self, requests: Sequence[Request], decoding: Decoding, batch_size: int) -> SlotDecoder:
         """One with room for the longest request, and no more slots than requests or memory."""
-        longest = max((len(request.prompt) for request in requests), default=1) + decoding.max_new_tokens
-        room, slots = rounded(longest), min(batch_size, max(1, len(requests)))
+        longest = max(len(request.prompt) for request in requests) + decoding.max_new_tokens
+        room, slots = rounded(longest), min(batch_size, len(requests))
         there = self._slots
         if there is None or there.decoding != decoding or there.cache.room < longest or there.cache.slots != slots:
             self._slots = None  # its memory first

@@ -37,16 +37,26 @@ class Growing:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+class Cancelled(Exception):
+    """Ends a `generate` whose text nobody reads any more."""
+
+
 class TextPieces:
     """What `generate` in one thread hands over as tokens, another thread iterates as text (a transformers streamer)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, ends: Collection[int]) -> None:
         self._growing = Growing(tokenizer, ends=ends)
         self._queue: SimpleQueue[str | None] = SimpleQueue()
-        self._prompt_is_through = False
+        self._prompt_is_through = self._cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody reads on: the next token ends the decoding."""
+        self._cancelled = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, then every new token."""
+        """The prompt first, then every new token. Cancelled: nobody reads on."""
+        if self._cancelled:
+            raise Cancelled
         if self._prompt_is_through:
             self._tell(value.flatten().tolist())
         self._prompt_is_through = True

@@ -8,7 +8,7 @@ Shapes: B prompts, W tokens of the longest one, T tokens of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -124,8 +124,8 @@ def stream(
     *,
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
-) -> Iterator[str]:
-    """Pieces of one answer as `generate` decodes it in a thread of its own."""
+) -> Generator[str, None, None]:
+    """Pieces of one answer as `generate` decodes it in a thread of its own, which ends when this is closed."""
     pieces = TextPieces(tokenizer, ends=end_tokens(model, tokenizer))
     failures: list[BaseException] = []
 
@@ -138,7 +138,10 @@ def stream(
 
     thread = Thread(target=decode, daemon=True)
     thread.start()
-    yield from pieces
-    thread.join()
+    try:
+        yield from pieces
+    finally:
+        pieces.cancel()
+        thread.join()
     if failures:
         raise failures[0]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -15,8 +15,8 @@ from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.templates import TextTemplate
-from reft_cli.generation.decode import Decoder, requests_of
-from reft_cli.generation.settings import Answer
+from reft_cli.generation.decode import Decoder
+from reft_cli.generation.settings import Answer, Request
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseSource, load_tokenizer
 from reft_cli.runfolder import Found, find
@@ -25,6 +25,8 @@ from reft_cli.runs.texts import TextSide, text_side_of
 from reft_cli.tasks.objectives import predict
 
 Fields = Mapping[str, Any]
+Model = Literal["run", "base"]
+MEMBERS: dict[Model, int] = {"base": 0, "run": 1}  # of a session's stack
 
 
 @dataclass(frozen=True)
@@ -63,30 +65,46 @@ class Session:
     def answer(
         self, prompts: Sequence[str | Fields], *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
     ) -> list[Answer]:
-        """Answers in the order of the prompts. `base`: without the intervention; `raw`: prompts are used as they are.
+        """Answers in the order of the prompts. `base`: without the intervention; the rest is as in `answers`."""
+        which: Model = "base" if base else "run"
+        return [each[which] for each in self.answers(prompts, settings=settings, models=[which], raw=raw)]
 
-        `settings` are keys of the spec's `generation` and `seed`. A classifier answers with the name of the class, a
-        regression with the number.
+    def answers(
+        self,
+        prompts: Sequence[str | Fields],
+        *,
+        settings: Mapping[str, Any],
+        models: Sequence[Model] = ("run",),
+        raw: bool = False,
+    ) -> Iterator[dict[Model, Answer]]:
+        """For each prompt, in order and as soon as it is known, the answer of each model; all decode in one batch.
+
+        `settings` are keys of the spec's `generation` and `seed`; `raw`: prompts are used as they are. A classifier
+        answers with the name of the class, a regression with the number.
         """
         examples = self._encode(prompts, raw=raw)
         if self.text.kind != "causal_lm":
-            return self._predict(examples, base=base)
+            columns = [self._predict(examples, base=model == "base") for model in models]
+            return (dict(zip(models, row, strict=True)) for row in zip(*columns, strict=True))
         decoding, batch_size = merge_generation(self.checkpoint.manifest.generation, settings)
         check_fits(examples, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
-        requests = requests_of(examples, member=int(not base))
-        answers = dict(self.decoder.answers(requests, decoding=decoding, batch_size=batch_size))
-        return [answers[index] for index in range(len(examples))]
+        requests = [Request(each.input_ids, MEMBERS[model]) for each in examples for model in models]
+        found = self.decoder.in_order(requests, decoding=decoding, batch_size=batch_size)
+        return (dict(zip(models, row, strict=True)) for row in zip(*[found] * len(models), strict=True))
 
     def stream(
         self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
-    ) -> Iterator[str]:
-        """Pieces of one answer as they are decoded; joined, they are the answer. Beams come as one piece at the end."""
+    ) -> Generator[str, None, None]:
+        """Pieces of one answer as they are decoded; joined, they are the answer. Beams come as one piece at the end.
+
+        Closing it stops the decoding.
+        """
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
-        if self.text.kind != "causal_lm":
-            return iter([self.answer([prompt], settings=settings, base=base, raw=raw)[0].text])
         prompts = self._encode([prompt], raw=raw)
         check_fits(prompts, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
-        return self.decoder.stream(requests_of(prompts, member=int(not base))[0], decoding=decoding)
+        if self.text.kind != "causal_lm":
+            return (answer.text for answer in self._predict(prompts, base=base))
+        return self.decoder.stream(Request(prompts[0].input_ids, int(not base)), decoding=decoding)
 
     def _encode(self, prompts: Sequence[str | Fields], *, raw: bool) -> list[Example]:
         if raw:

@@ -40,10 +40,13 @@ class FakeSession:
     def fields_of(self, prompt):
         return self.text.template.fields_from_text(prompt)
 
-    def answer(self, prompts, *, settings, base=False, raw=False):
-        self.calls.append({"prompts": list(prompts), "settings": settings, "base": base, "raw": raw})
-        texts = [prompt if isinstance(prompt, str) else prompt["text"] for prompt in prompts]
-        return [Answer(f" {text[::-1] if base else text.upper()}\n", len(text), True) for text in texts]
+    def answers(self, prompts, *, settings, models=("run",), raw=False):
+        self.calls.append({"prompts": list(prompts), "settings": settings, "models": list(models), "raw": raw})
+        for prompt in prompts:
+            text = prompt if isinstance(prompt, str) else prompt["text"]
+            texts = {"run": text.upper(), "base": text[::-1]}
+            yield {model: Answer(f" {texts[model]}\n", len(text), True) for model in models}
 
     def stream(self, prompt, *, settings, base=False, raw=False):
-        yield from self.answer([prompt], settings=settings, base=base, raw=raw)[0].text
+        model = "base" if base else "run"
+        yield from next(self.answers([prompt], settings=settings, models=[model], raw=raw))[model].text

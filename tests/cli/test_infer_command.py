@@ -89,7 +89,7 @@ def test_a_stream_is_the_same_text(reft, session):
 def test_on_a_terminal_answers_stream(reft, session, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(FakeSession, "answer", None)
+    monkeypatch.setattr(FakeSession, "answers", None)
     monkeypatch.setattr(FakeSession, "stream", lambda self, prompt, **how: iter([" piece", " by piece"]))
     assert reft("infer", "runs/s", "--prompt", "x").code == 0
     assert screen.getvalue() == "piece by piece\n"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, recomputed, tokens
+from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, prompt, recomputed, tokens
 
 from reft_cli.data.encode import Example
 from reft_cli.generation.decode import Decoder, requests_of
@@ -113,3 +113,29 @@ def test_padding_is_not_the_end_though_they_are_one_token(way: str):
     decoder = Decoder(decoder_of().model, decoder_of().stack, tokenizer=tokenizer)
     decoding = replace(GREEDY, use_cache=way == "slots")
     assert answers(decoder, PROMPTS, decoding) == answers(decoder_of(), PROMPTS, decoding)
+
+
+def test_answers_come_in_order_though_they_are_done_out_of_it():
+    decoder = decoder_of()
+    asked = [prompt(3 + 7 * index % 30, seed=index) for index in range(12)]
+    done = [number for number, _ in decoder.answers(requests_of(asked, member=1), decoding=GREEDY, batch_size=4)]
+    assert done != sorted(done)
+    found = list(decoder.in_order(requests_of(asked, member=1), decoding=GREEDY, batch_size=4))
+    assert found == answers(decoder, asked, GREEDY)
+    assert list(decoder.in_order([], decoding=GREEDY, batch_size=4)) == []
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stream_that_is_closed_stops_the_decoding(use_cache: bool):
+    decoder, asked = decoder_of(), requests_of([prompt(5)], member=1)[0]
+    decoding = Decoding(max_new_tokens=100, min_new_tokens=100, use_cache=use_cache)
+    passes: list[int] = []
+    with decoder.model.register_forward_hook(lambda *_: passes.append(1)):
+        decoder.why_not_slots(decoding)
+        passes.clear()
+        stream = decoder.stream(asked, decoding=decoding)
+        next(stream)
+        stream.close()
+        assert len(passes) < 90
+    answer = answers(decoder, PROMPTS[2:3], GREEDY)[0]
+    assert "".join(decoder.stream(requests_of(PROMPTS[2:3], member=1)[0], decoding=GREEDY)) == answer.text

@@ -193,6 +193,14 @@ def test_without_the_intervention_it_is_the_base(run: Path, tiny_llama: Path):
         assert texts(session, PROMPTS, base=True) == expected != texts(session, PROMPTS)
 
 
+def test_both_models_answer_in_one_batch_as_each_alone(run: Path):
+    prompts = ["good", "cold bad", "fine warm warm poor"]
+    with runs.open_run(run) as session:
+        both = list(session.answers(prompts, settings={}, models=["base", "run"]))
+        assert [each["run"] for each in both] == session.answer(prompts, settings={})
+        assert [each["base"] for each in both] == session.answer(prompts, settings={}, base=True)
+
+
 def test_the_hooks_are_the_session_s_and_go_with_it(run: Path):
     session = runs.open_run(run)
 
