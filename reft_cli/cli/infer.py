@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -33,6 +35,7 @@ AGAINST = (
     ("--stream", "--json"),
     ("--stream", "--input"),
 )
+PARTS = ("importing torch and transformers", "loading the model", "answering")  # what -v tells the time of
 NEEDS = {"--output": "--input", "--resume": "--output"}
 
 
@@ -79,11 +82,14 @@ def infer(
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
     how = How({key: value for key, value in asked.items() if value is not None}, models, raw)
+    marks = [time.perf_counter()]
     from reft_cli import runs
 
+    marks.append(time.perf_counter())
     with runs.open_run(
         run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
     ) as session:
+        marks.append(time.perf_counter())
         if chat:
             _chat(session, how)
         elif source is not None:
@@ -91,6 +97,13 @@ def infer(
         else:
             live = console.is_terminal(sys.stdout) if stream is None else stream
             _answer_one(session, _fields(field) if field else str(prompt), how, as_json=as_json, stream=live)
+        _tell_times([*marks, time.perf_counter()])
+
+
+def _tell_times(marks: Sequence[float]) -> None:
+    """With -v, where the time went."""
+    spent = [f"{name} {end - start:.2f} s" for name, (start, end) in zip(PARTS, pairwise(marks), strict=True)]
+    console.detail(", ".join(spent))
 
 
 @dataclass(frozen=True)

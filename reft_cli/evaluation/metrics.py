@@ -1,15 +1,15 @@
-"""Scores of predictions against references, by scikit-learn and scipy; texts are compared stripped."""
+"""Scores of predictions against references, by scikit-learn and scipy; texts are compared stripped.
+
+The two libraries are imported where they are used: they take longer to import than most answers take to decode.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 import warnings
-from collections.abc import Callable, Sequence
-
-import numpy as np
-from scipy.stats import NearConstantInputWarning, pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from collections.abc import Callable, Hashable, Sequence
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
 FROM_LOSS = {"loss", "perplexity"}
@@ -45,8 +45,10 @@ def score_texts(metric: str, predictions: Texts, references: Texts) -> float:
     assert references, "there is nothing to score"
     guesses, truths = [text.strip() for text in predictions], [text.strip() for text in references]
     if metric in ("exact_match", "accuracy"):
-        return float(accuracy_score(truths, guesses))
+        return _accuracy(guesses, truths)
     if metric == "f1":
+        from sklearn.metrics import f1_score
+
         return float(f1_score(truths, guesses, labels=sorted(set(truths)), average="macro", zero_division=0))
     if metric == "matthews":
         return _matthews(guesses, truths)
@@ -66,9 +68,11 @@ def score_classes(metric: str, predictions: Sequence[int], references: Sequence[
     """A score of numbers below `classes`. f1: of class 1 if there are two (as GLUE), else the macro mean."""
     assert references, "there is nothing to score"
     if metric in ("accuracy", "exact_match"):
-        return float(accuracy_score(references, predictions))
+        return _accuracy(predictions, references)
     if metric == "matthews":
         return _matthews(predictions, references)
+    from sklearn.metrics import f1_score
+
     average = "binary" if classes == 2 else "macro"
     return float(f1_score(references, predictions, average=average, zero_division=0))
 
@@ -76,6 +80,9 @@ def score_classes(metric: str, predictions: Sequence[int], references: Sequence[
 def score_numbers(metric: str, predictions: Numbers, references: Numbers) -> float:
     """A correlation. One that does not exist, as of a constant, is 0; NaN if a number is not finite."""
     assert references, "there is nothing to score"
+    import numpy as np
+    from scipy.stats import NearConstantInputWarning, pearsonr, spearmanr
+
     correlation: Callable[..., object] = {"pearson": pearsonr, "spearman": spearmanr}[metric]
     if not (np.isfinite(predictions).all() and np.isfinite(references).all()):
         return math.nan
@@ -86,10 +93,16 @@ def score_numbers(metric: str, predictions: Numbers, references: Numbers) -> flo
         return float(correlation(predictions, references).statistic)  # type: ignore[attr-defined]
 
 
+def _accuracy(predictions: Sequence[Hashable], references: Sequence[Hashable]) -> float:
+    return sum(map(operator.eq, predictions, references)) / len(references)
+
+
 def _matthews(predictions: Sequence[object], references: Sequence[object]) -> float:
     """0 where one class is all there is, as scikit-learn has it after a warning."""
     if len({*predictions, *references}) == 1:
         return 0.0
+    from sklearn.metrics import matthews_corrcoef
+
     return float(matthews_corrcoef(references, predictions))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def test_the_completion_and_nothing_else(reft, session):
     done = reft("infer", "runs/s", "--prompt", "good")
     assert (done.code, done.out, done.err) == (0, "GOOD\n", "")
     assert session.opened["run"] == Path("runs/s") and session.opened["checkpoint"] is None
+
+
+def test_verbose_says_where_the_time_went(reft, session):
+    done = reft("infer", "runs/s", "--prompt", "good", "-v")
+    assert re.search(
+        r"importing torch and transformers \d+\.\d\d s, loading the model .* s, answering .* s\n", done.err
+    )
 
 
 def test_the_base_alone(reft, session):
