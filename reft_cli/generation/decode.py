@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from reft_cli.generation.slots import Progressed, SlotDecoder, rounded
 from reft_cli.generation.stream import Growing, cut_at
 from reft_cli.generation.whole import generate, stream
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.merging import Merge, find_merge
 from reft_cli.models.slots import try_slots
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import PositionGroup
@@ -30,6 +32,7 @@ class Decoder:
         self.model, self.stack, self.tokenizer, self.compiled = model, stack, tokenizer, compiled
         self._tried: tuple[str | None, int] | None = None
         self._slots: SlotDecoder | None = None
+        self._merges: dict[int, Merge | None] = {}
 
     @classmethod
     def of(
@@ -56,7 +59,12 @@ class Decoder:
         if not requests:
             return
         if self.why_not_slots(decoding) is None:
-            yield from self._slot_decoder(requests, decoding, batch_size).run(requests)
+            merge = self._merge_for(requests)
+            if merge is not None:  # then the base model is the member
+                requests = [replace(request, member=0) for request in requests]
+            slots = self._slot_decoder(requests, decoding, batch_size)
+            with merge.merged() if merge is not None else nullcontext():
+                yield from slots.run(requests, merged=merge is not None)
             return
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
@@ -88,6 +96,16 @@ class Decoder:
                 while told in early:
                     yield early.pop(told)
                     told += 1
+
+    def _merge_for(self, requests: Sequence[Request]) -> Merge | None:
+        """What puts the one member that all requests are for into the weights, if that is exact."""
+        members = {request.member for request in requests}
+        if len(members) != 1 or members == {0}:
+            return None
+        member = members.pop()
+        if member not in self._merges:
+            self._merges[member] = find_merge(self.model, self.stack.members[member - 1])
+        return self._merges[member]
 
     def stream(self, request: Request, *, decoding: Decoding) -> Generator[str, None, None]:
         """Pieces of one answer as it is decoded, up to a stop text. Beams come as one piece."""

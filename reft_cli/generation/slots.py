@@ -137,22 +137,25 @@ class SlotDecoder:
         self.steps = 0
         """Steps taken so far, for tests and reports."""
         self._captures, self._compiled = kind == "cuda", compiled
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._edits = self._merged = False
+        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
 
     def fits(self, requests: Sequence[Request], decoding: Decoding) -> bool:
         """Whether this one can decode these requests as they want it."""
         longest = max(len(request.prompt) for request in requests) + decoding.max_new_tokens
         return decoding == self.decoding and longest <= self.cache.room
 
-    def run(self, requests: Sequence[Request]) -> Generator[Progressed, None, None]:
+    def run(self, requests: Sequence[Request], *, merged: bool = False) -> Generator[Progressed, None, None]:
         """How answers grow, look by look, and which are done. Closing it stops; until then nothing else may run the
-        model, which attends from slots.
+        model, which attends from slots. `merged`: the weights are not the base's own, so its steps are others.
         """
         with ExitStack() as entered:
             entered.enter_context(torch.inference_mode())
             entered.enter_context(attending(self.model, SLOTS))
             entered.enter_context(self.stack.hooked())
             self.state.alive.zero_()
+            self._merged = merged
+            self._edits = any(self.stack.owner_of_new_tokens(request.member) for request in requests)
             yield from self._run(deque(enumerate(requests)))
 
     def _run(self, waiting: deque[tuple[int, Request]]) -> Iterator[Progressed]:
@@ -219,10 +222,9 @@ class SlotDecoder:
         """One token for every slot."""
         longest = max(each.held for each in busy.values()) + 1
         self.cache.span = min(self.cache.room, -(-longest // self.span_unit) * self.span_unit)
-        edits = self.stack.edits_new_tokens
-        self.stack.live = Live(None, self.state.owner) if edits else None
+        self.stack.live = Live(None, self.state.owner) if self._edits else None
         if self._captures:
-            key = (self.cache.span, edits)
+            key = (self.cache.span, self._edits, self._merged)
             if key not in self._graphs:
                 self._graphs[key] = self._capture()
             self._graphs[key].replay()

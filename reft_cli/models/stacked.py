@@ -145,11 +145,6 @@ class Stack:
         names = [group.name for group in self.members[member - 1].groups if group.phase != "prompt"] if member else []
         return self._owners[member - 1][names[0]] if names else BASE
 
-    @property
-    def edits_new_tokens(self) -> bool:
-        """Whether any member edits the tokens that it generates."""
-        return any(self.owner_of_new_tokens(member) for member in range(1, len(self.members) + 1))
-
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Inside, passes of the base model are edited as `live` says."""

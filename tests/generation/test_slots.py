@@ -202,3 +202,14 @@ def test_slots_that_fit_are_kept_between_calls():
         from_slots(serving, requests_of([prompt(length)], member=1), GREEDY)
         kept.append(serving._slots)
     assert kept[0] is kept[1] is kept[2] is not kept[3]
+
+
+def test_a_merged_checkpoint_decodes_without_edits():
+    model = intervened("all", method="red", component="mlp_output")
+    serving = Decoder.of(model, Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER)
+    found = from_slots(serving, requests_of(PROMPTS, member=1), GREEDY)
+    assert found == [recomputed(model, each, "all", 8) for each in PROMPTS]
+    assert serving._merges[1] is not None and serving._slots is not None and not serving._slots._edits
+    mixed_ones = [Request(each.input_ids, member) for each in PROMPTS for member in (0, 1)]  # then hooks do it
+    assert from_slots(serving, mixed_ones, GREEDY)[1::2] == found
+    assert serving._slots._edits
