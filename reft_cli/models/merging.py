@@ -110,5 +110,6 @@ def _same(outputs: dict[nn.Module, Tensor], target: Target, inside: list[nn.Modu
             continue
         if given.numel() == wanted.numel() and torch.equal(given.flatten(), wanted.flatten()):
             assert isinstance(layer, Linear)
-            return layer if layer.weight.dtype in FLOATS else None
+            plain = type(layer.weight.data) is Tensor and layer.weight.dtype in FLOATS  # not a quantised one
+            return layer if plain else None
     return None
