@@ -144,10 +144,6 @@ class IntervenedModel(nn.Module):
         """Inside, blocks that no edit reaches do not run: `frozen` comes out of them; None: they run."""
         return nullcontext() if frozen is None else self.frozen.replaced(frozen)
 
-    def set_rows(self, rows: Rows | None) -> None:
-        """Change the rows inside `editing`, for passes whose rows are known only as they start (generation)."""
-        self._rows = rows
-
     def packing(self, wanted: bool) -> AbstractContextManager[None]:
         """Inside, attend within packed sequences, or in the model's own way."""
         return attending(self.base_model, PACKED if wanted else self._own_attention)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Generated tokens a second: ours, pyreft and the base model on three paths, in turn on one machine.
 
-    generate.py --shape 1b [--sides reft base reft-compiled base-compiled eager static pyreft] [--batches 1 8 32 128]
+    generate.py --shape 1b [--sides reft base all red ... pyreft] [--batches 1 8 32 128]
                 [--answers 16 128] [--ragged 1000] [--mixed 64] [--peer-python PYTHON] [--peer-path FOLDER]
                 [--timeout 240] [--output RESULTS.json]
 
 Every side runs in a process of its own on the same random-weight Llama: LoReFT at f7+l7 tied, rank 8, all layers, ends
 of answers switched off so that all sides decode the same number of tokens. `reft` and `base` are our own slots with and
-without the intervention, `-compiled` those with compiled blocks; `eager` and `static` are transformers' generate with
+without the intervention, `-compiled` those with compiled blocks; `all` has LoReFT at every token of block_output, `red`
+RED at every token of mlp_output, which is merged. `eager` and `static` are transformers' generate with
 its dynamic cache, and with a static cache and its compiled step. A fixed workload is a batch of prompts of 128 tokens;
 the best of `--repeats` after a warm-up of the same shape counts, prompts included. `ragged` are prompts of 20 to 400
 tokens, the last number of `--answers` new ones each, in --ragged-batch slots; transformers and pyreft take the first
@@ -42,21 +43,22 @@ def draw(count: int, length: tuple[int, int], vocabulary: int) -> Prompts:
     return [[chance.randrange(10, vocabulary) for _ in range(chance.randint(*length))] for _ in range(count)]
 
 
-def members_of(model: Any, count: int) -> list[Any]:
-    """As many different LoReFT checkpoints, folded."""
+def members_of(model: Any, count: int, *, kind: str = "reft") -> list[Any]:
+    """As many different checkpoints of a kind, folded."""
     from reft_cli.models.build import build_intervened
     from reft_cli.models.loading import BaseModel, shape_hash
     from reft_cli.models.stacked import Member
     from reft_cli.positions import Positions
 
-    positions = Positions.parse(f"f{FIRST}+l{LAST}")
+    positions = Positions.parse(f"f{FIRST}+l{LAST}" if kind == "reft" else "all")
+    method, component = ("red", "mlp_output") if kind == "red" else ("loreft", "block_output")
     groups = positions.groups(tied=True)
 
     def member(seed: int) -> Member:
         base = BaseModel(model, "bench", None, shape_hash(model))
         return Member.of(build_intervened(
-            base, method="loreft", layers="all", component="block_output", positions=positions, tied=True, rank=RANK,
-            init="paper", dropout=0.0, dropout_on="delta", seed=seed,
+            base, method=method, layers="all", component=component, positions=positions, tied=True,
+            rank=None if method == "red" else RANK, init="paper", dropout=0.0, dropout_on="delta", seed=seed,
         ).eval(), groups)  # fmt: skip
 
     return [member(seed) for seed in range(count)]
@@ -73,7 +75,9 @@ class NoText:
         return ""
 
 
-def ours(shape: str, device: str, *, members: int, compiled: bool) -> tuple[Decode, Callable[[list[int]], None]]:
+def ours(
+    shape: str, device: str, *, members: int, kind: str = "reft", compiled: bool = False
+) -> tuple[Decode, Callable[[list[int]], None]]:
     """Our slots; the second function says which member answers each prompt (0: the base), in turn."""
     from reft_cli.generation.decode import Decoder
     from reft_cli.generation.settings import Decoding, Request
@@ -81,7 +85,7 @@ def ours(shape: str, device: str, *, members: int, compiled: bool) -> tuple[Deco
 
     model = random_llama(shape, device).eval()
     model.generation_config.eos_token_id = None
-    stack = Stack(model, members_of(model, members))
+    stack = Stack(model, members_of(model, members, kind=kind))
     decoder = Decoder(model, stack, tokenizer=NoText(), compiled=compiled)  # type: ignore[arg-type]
     turns = [1 if members else 0]
 
@@ -170,13 +174,15 @@ def pyreft_generate(shape: str, device: str) -> Decode:
     return decode
 
 
-SIDES = ("reft", "base", "reft-compiled", "base-compiled", "eager", "static", "pyreft")
+OURS = ("reft", "base", "all", "red")
+SIDES = (*OURS, *(f"{name}-compiled" for name in OURS), "eager", "static", "pyreft")
 
 
 def side(name: str, shape: str, device: str) -> Decode:
     """A side by its name."""
-    if name.startswith(("reft", "base")):
-        return ours(shape, device, members=int(name.startswith("reft")), compiled=name.endswith("compiled"))[0]
+    kind, _, compiled = name.partition("-")
+    if kind in OURS:
+        return ours(shape, device, members=int(kind != "base"), kind=kind, compiled=bool(compiled))[0]
     if name == "pyreft":
         return pyreft_generate(shape, device)
     return transformers_generate(shape, device, static=name == "static")
@@ -230,8 +236,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def measure_mixed(args: argparse.Namespace, device: str, vocabulary: int) -> Iterator[dict[str, Any]]:
     """A batch in which every row has a checkpoint of its own, beside the same batch with one for all."""
-    decode, take_turns = ours(args.shape, device, members=args.mixed, compiled=False)
-    alone, _ = ours(args.shape, device, members=1, compiled=False)
+    decode, take_turns = ours(args.shape, device, members=args.mixed)
+    alone, _ = ours(args.shape, device, members=1)
     prompts = draw(args.mixed, RAGGED, vocabulary)
     take_turns(list(range(1, args.mixed + 1)))
     for name, each in (("one checkpoint", alone), (f"{args.mixed} checkpoints", decode)):

@@ -93,6 +93,18 @@ def test_compiled_blocks_equal_plain_ones():
         assert from_slots(serving(model, positions, compiled=True), requests, GREEDY, size=6) == plain
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_merged_checkpoint_equals_recomputation(compiled: bool):
+    model = intervened("all", base=on_gpu(), method="red", component="mlp_output").to("cuda")
+    way = serving(model, "all", compiled=compiled)
+    found = from_slots(way, requests_of(ASKED, member=1), GREEDY, size=6)
+    assert found == [recomputed(model, each, "all", 8) for each in ASKED]
+    assert way._merges[1] is not None
+    base = from_slots(way, requests_of(ASKED, member=0), GREEDY, size=6)  # by other captured steps
+    assert base != found
+    assert from_slots(way, requests_of(ASKED, member=1), GREEDY, size=6) == found
+
+
 def test_a_mixed_batch_equals_each_alone():
     base = on_gpu()
     kinds = {
