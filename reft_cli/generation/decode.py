@@ -32,6 +32,7 @@ class Decoder:
         self.model, self.stack, self.tokenizer, self.compiled = model, stack, tokenizer, compiled
         self._tried: tuple[str | None, int] | None = None
         self._slots: SlotDecoder | None = None
+        self._wanted = 0  # slots, if memory allowed
         self._merges: dict[int, Merge | None] = {}
 
     @classmethod
@@ -130,11 +131,11 @@ class Decoder:
 
     def _slot_decoder(self, requests: Sequence[Request], decoding: Decoding, batch_size: int) -> SlotDecoder:
         """One with room for the longest request, and no more slots than requests or memory."""
+        there = self._slots
         longest = max(len(request.prompt) for request in requests) + decoding.max_new_tokens
         room, slots = rounded(longest), min(batch_size, len(requests))
-        there = self._slots
-        if there is None or there.decoding != decoding or there.cache.room < longest or there.cache.slots != slots:
-            self._slots = None  # its memory first
+        if there is None or there.decoding != decoding or there.cache.room < longest or self._wanted != slots:
+            self._slots, self._wanted = None, slots  # the old one's memory first
             self._slots = SlotDecoder(
                 self.model,
                 self.stack,

@@ -140,11 +140,6 @@ class SlotDecoder:
         self._edits = self._merged = False
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
 
-    def fits(self, requests: Sequence[Request], decoding: Decoding) -> bool:
-        """Whether this one can decode these requests as they want it."""
-        longest = max(len(request.prompt) for request in requests) + decoding.max_new_tokens
-        return decoding == self.decoding and longest <= self.cache.room
-
     def run(self, requests: Sequence[Request], *, merged: bool = False) -> Generator[Progressed, None, None]:
         """How answers grow, look by look, and which are done. Closing it stops; until then nothing else may run the
         model, which attends from slots. `merged`: the weights are not the base's own, so its steps are others.
@@ -291,8 +286,5 @@ class SlotDecoder:
 
 
 def rounded(tokens: int) -> int:
-    """Room for so many tokens, in powers of two from 64 up to 1024 and multiples of 1024 above."""
-    size = 64
-    while size < tokens and size < 1024:
-        size *= 2
-    return size if tokens <= size else -(-tokens // 1024) * 1024
+    """Room for so many tokens: 64, 128 or 256, then multiples of 256."""
+    return next((size for size in (64, 128) if tokens <= size), -(-tokens // 256) * 256)
