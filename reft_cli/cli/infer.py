@@ -97,13 +97,16 @@ def infer(
         else:
             live = console.is_terminal(sys.stdout) if stream is None else stream
             _answer_one(session, _fields(field) if field else str(prompt), how, as_json=as_json, stream=live)
-        _tell_times([*marks, time.perf_counter()])
+        if console.settings.verbose:
+            _tell_times([*marks, time.perf_counter()], session.why_slow(how.settings))
 
 
-def _tell_times(marks: Sequence[float]) -> None:
-    """With -v, where the time went."""
+def _tell_times(marks: Sequence[float], why_slow: str | None) -> None:
+    """Where the time went, and whether answers came the slower way."""
     spent = [f"{name} {end - start:.2f} s" for name, (start, end) in zip(PARTS, pairwise(marks), strict=True)]
     console.detail(", ".join(spent))
+    if why_slow is not None:
+        console.detail(f"decoded by transformers' generate: {why_slow}")
 
 
 @dataclass(frozen=True)

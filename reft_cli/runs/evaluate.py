@@ -103,6 +103,8 @@ def evaluate(
         )
         if session.found.run is not None:
             facts = {"generation": summary_of(decoding) | {"batch_size": size}, "device": str(session.model.device)}
+            if evaluator.generates:
+                facts["decoded_by"] = session.decoder.why_not_slots(decoding) or "slots"
             report = _keep(session.found.run, report, results, name="-".join(name), facts=facts)
     step = session.checkpoint.manifest.step
     observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))

@@ -106,6 +106,12 @@ class Session:
             return (answer.text for answer in self._predict(prompts, base=base))
         return self.decoder.stream(Request(prompts[0].input_ids, int(not base)), decoding=decoding)
 
+    def why_slow(self, settings: Mapping[str, Any]) -> str | None:
+        """Why answers with these settings go through transformers' `generate`; None if they come from our slots."""
+        if self.text.kind != "causal_lm":
+            return None
+        return self.decoder.why_not_slots(merge_generation(self.checkpoint.manifest.generation, settings)[0])
+
     def _encode(self, prompts: Sequence[str | Fields], *, raw: bool) -> list[Example]:
         if raw:
             plain = replace(self.text, template=TextTemplate(name="raw", prompt="{prompt}", completion="{completion}"))

@@ -47,6 +47,9 @@ class FakeSession:
             texts = {"run": text.upper(), "base": text[::-1]}
             yield {model: Answer(f" {texts[model]}\n", len(text), True) for model in models}
 
+    def why_slow(self, settings):
+        return "there is no model"
+
     def stream(self, prompt, *, settings, base=False, raw=False):
         model = "base" if base else "run"
         yield from next(self.answers([prompt], settings=settings, models=[model], raw=raw))[model].text

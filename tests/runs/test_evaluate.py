@@ -238,6 +238,14 @@ class Killing(Counting):
             raise KeyboardInterrupt
 
 
+def test_the_result_says_how_it_was_decoded(run: Path):
+    found = {
+        name: json.loads(evaluate(run, generation=changes).path.read_text())["decoded_by"]
+        for name, changes in {"plain": {}, "beams": {"beams": 2}}.items()
+    }
+    assert found == {"plain": "slots", "beams": "beams need a search of their own"}
+
+
 @pytest.mark.parametrize("tear", [False, True])
 def test_a_killed_evaluation_goes_on_where_it_stood(run: Path, tear: bool):
     whole = evaluate(run, base="compare")
