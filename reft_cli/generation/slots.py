@@ -137,6 +137,7 @@ class SlotDecoder:
         self.steps = 0
         """Steps taken so far, for tests and reports."""
         self._captures, self._compiled = kind == "cuda", compiled
+        self.why_not_captured: str | None = None if self._captures else f"there are no CUDA graphs on {kind}"
         self._edits = self._merged = False
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
 
@@ -219,15 +220,27 @@ class SlotDecoder:
         self.cache.span = min(self.cache.room, -(-longest // self.span_unit) * self.span_unit)
         self.stack.live = Live(None, self.state.owner) if self._edits else None
         if self._captures:
-            key = (self.cache.span, self._edits, self._merged)
-            if key not in self._graphs:
-                self._graphs[key] = self._capture()
-            self._graphs[key].replay()
+            self._replay((self.cache.span, self._edits, self._merged))
         else:
             self._advance()
         self.steps += 1
         for each in busy.values():
             each.held, each.left = each.held + 1, each.left - 1
+
+    def _replay(self, key: tuple[int, bool, bool]) -> None:
+        """A captured step. A model whose step cannot be captured is stepped plainly from then on."""
+        if key not in self._graphs:
+            stream = torch.cuda.current_stream()
+            try:
+                self._graphs[key] = self._capture()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # say, a value that its router reads on the host
+                torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
+                self._captures, self.why_not_captured = False, str(error).splitlines()[0]
+                self._advance()
+                return
+        self._graphs[key].replay()
 
     def _advance(self) -> None:
         """What is captured: nothing in it depends on the values of tensors."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_decoding import GREEDY, PROMPTS, TOKENIZER, from_slots, intervened, prompt, recomputed, step_logits, tokens
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.decode import Decoder, requests_of
@@ -213,3 +214,23 @@ def test_a_merged_checkpoint_decodes_without_edits():
     mixed_ones = [Request(each.input_ids, member) for each in PROMPTS for member in (0, 1)]  # then hooks do it
     assert from_slots(serving, mixed_ones, GREEDY)[1::2] == found
     assert serving._slots._edits
+
+
+@pytest.mark.parametrize(
+    ("family", "decoding"),
+    [(family, GREEDY) for family in sorted(DECODERS.keys() - {"gemma2", "mixtral", "qwen3_moe"})]
+    + [
+        ("llama", Decoding(max_new_tokens=9, temperature=1.0, top_k=5, top_p=0.8)),
+        ("llama", Decoding(max_new_tokens=9, repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=3)),
+    ],
+)
+def test_a_step_reads_no_value_so_it_can_be_captured(family: str, decoding: Decoding):
+    serving = Decoder.of(
+        intervened("all", family=family), Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER
+    )
+    progress = serving.progress(requests_of(PROMPTS, member=1), decoding=decoding, batch_size=3)
+    next(progress)
+    assert serving._slots is not None and serving._slots._edits
+    with FakeTensorMode(allow_non_fake_inputs=True):  # an error for whatever depends on a value
+        serving._slots._advance()
+    progress.close()

@@ -123,3 +123,23 @@ def test_a_mixed_batch_equals_each_alone():
         if request.member:
             model, positions = models[request.member], kinds[request.member][0]
             assert answer == recomputed(model, each, positions, 8)
+
+
+def test_a_step_that_cannot_be_captured_is_taken_plainly():
+    base = on_gpu()
+    model = intervened("all", base=base).to("cuda")
+    reads = base.model.model.layers[1].mlp.register_forward_hook(lambda *_: torch.ones(1, device="cuda").item())
+    way = serving(model, "all")
+    with reads:
+        found = from_slots(way, requests_of(ASKED, member=1), GREEDY, size=6)
+    assert way._slots is not None and way._slots.why_not_captured and not way._slots._graphs
+    assert found == [recomputed(model, each, "all", 8) for each in ASKED]
+    torch.cuda.synchronize()
+    assert from_slots(serving(model, "all"), requests_of(ASKED, member=1), GREEDY, size=6) == found  # captured again
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_decode_captured_or_plainly(family: str):
+    model = intervened(base=on_gpu(family)).to("cuda")
+    found = from_slots(serving(model, "f3+l3"), requests_of(ASKED[:6], member=1), GREEDY, size=3)
+    assert found == [recomputed(model, each, "f3+l3", 8) for each in ASKED[:6]]
