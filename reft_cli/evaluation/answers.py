@@ -77,7 +77,7 @@ def answer_all(
     requests: Sequence[Request],
     *,
     decoding: Decoding,
-    batch_size: int,
+    batch_size: int | None,
     store: AnswerStore | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:

@@ -42,7 +42,7 @@ class Evaluator:
     groups: tuple[PositionGroup, ...]
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
-    batch_size: int
+    batch_size: int | None
     token_budget: int
     rule: Rule | None = None
     """How the answer is found in generated text; None: all of it is the answer."""

@@ -20,6 +20,7 @@ from reft_cli.models.slots import try_slots
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import PositionGroup
 
+SLOTS, BATCH = {"cuda": 128}, 32  # prompts decoded together if nobody says how many
 MEMORY_SHARE = 0.7  # of the device's free memory that the cache may take
 
 
@@ -54,7 +55,7 @@ class Decoder:
         return self._tried[0]
 
     def progress(
-        self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int
+        self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int | None
     ) -> Generator[Progressed, None, None]:
         """How answers grow, in whatever order they do; tokens may go on after the answer's end."""
         if not requests:
@@ -63,18 +64,19 @@ class Decoder:
             merge = self._merge_for(requests)
             if merge is not None:  # then the base model is the member
                 requests = [replace(request, member=0) for request in requests]
-            slots = self._slot_decoder(requests, decoding, batch_size)
+            slots = self._slot_decoder(requests, decoding, batch_size or SLOTS.get(self.model.device.type, BATCH))
             with merge.merged() if merge is not None else nullcontext():
                 yield from slots.run(requests, merged=merge is not None)
             return
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
+        size = batch_size or BATCH
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
             found = generate(self.model, self.stack, batch, tokenizer=self.tokenizer, decoding=decoding)
             for index, tokens in enumerate(found, start=start):
                 yield Progressed(index, tokens, done=True)
 
     def answers(
-        self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int
+        self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int | None
     ) -> Iterator[tuple[int, Answer]]:
         """(number of the request, its answer) as they are done; long prompts begin, which keeps batches full."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
@@ -85,7 +87,7 @@ class Decoder:
                 if each.done:
                     yield order[each.index], endings.answer(each.tokens)
 
-    def in_order(self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int) -> Iterator[Answer]:
+    def in_order(self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int | None) -> Iterator[Answer]:
         """Answers in the order of the requests, each as soon as those before it are done."""
         endings = Endings.of(self.model, self.tokenizer, decoding)
         early: dict[int, Answer] = {}

@@ -180,7 +180,7 @@ def decoding_of(generation: GenerationSpec, *, seed: int = 0) -> Decoding:
     return Decoding(**values | {"stop": tuple(generation.stop), "seed": seed})
 
 
-def merge_generation(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[Decoding, int]:
+def merge_generation(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[Decoding, int | None]:
     """(decoding, batch size) of a checkpoint, with what a command's flags say on top.
 
     SpecError: a flag has a value that cannot be, alone or beside what is stored.
@@ -192,8 +192,14 @@ def merge_generation(stored: Mapping[str, Any], overrides: Mapping[str, Any]) ->
     try:
         generation = GenerationSpec.model_validate({**stored, **given})
     except ValidationError as error:
-        raise SpecError(*(_wrong_flag(each, given) for each in error.errors())) from error
-    return decoding_of(generation, seed=seed), generation.batch_size
+        found = {each["loc"][:1]: each for each in error.errors()}  # a key that may be a word or a number has two
+        raise SpecError(*(_wrong_flag(each, given) for each in found.values())) from error
+    return decoding_of(generation, seed=seed), slots_of(generation)
+
+
+def slots_of(generation: GenerationSpec) -> int | None:
+    """Prompts decoded together; None: as many as are good for the device."""
+    return None if generation.batch_size == "auto" else generation.batch_size
 
 
 def _wrong_flag(error: ErrorDetails, given: Mapping[str, Any]) -> Problem:
@@ -212,7 +218,7 @@ def _flag(name: str) -> str:
 
 
 def evaluator_of(
-    text: TextSide, *, metric: str, decoding: Decoding, batch_size: int, device: torch.device, tied: bool
+    text: TextSide, *, metric: str, decoding: Decoding, batch_size: int | None, device: torch.device, tied: bool
 ) -> Evaluator:
     """How a split is scored."""
     return Evaluator(

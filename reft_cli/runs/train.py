@@ -44,6 +44,7 @@ from reft_cli.runs.assemble import (
     load_base,
     load_trainables,
     manifest_fields,
+    slots_of,
     token_budget,
 )
 from reft_cli.runs.execution import Execution, choose_execution
@@ -242,7 +243,7 @@ class _Work:
             self.data.text,
             metric=best_metric(self.spec),
             decoding=decoding_of(generation),
-            batch_size=generation.batch_size,
+            batch_size=slots_of(generation),
             device=self.model.device,
             tied=self.spec.intervention.tied,
         )

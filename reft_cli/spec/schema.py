@@ -216,8 +216,8 @@ class GenerationSpec(Section):
     """No sequence of so many tokens twice; 0: off."""
     stop: list[str] = Field(default=[])
     """Texts that end an answer; they are cut off."""
-    batch_size: PositiveInt = 32
-    """Prompts decoded together."""
+    batch_size: Literal["auto"] | PositiveInt = "auto"
+    """Prompts decoded together; it changes the speed, not the answers. auto: 128 on a GPU, else 32."""
 
     @field_validator("temperature")
     @classmethod

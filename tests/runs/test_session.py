@@ -368,7 +368,7 @@ def test_an_unknown_setting_lists_the_known():
 
 def test_settings_come_before_what_is_stored_and_none_means_stored():
     decoding, size = merge_generation(STORED, {"max_new_tokens": 9, "temperature": None, "seed": 2**63 - 1})
-    assert (decoding.max_new_tokens, decoding.min_new_tokens, decoding.temperature, size) == (9, 5, 0.0, 32)
+    assert (decoding.max_new_tokens, decoding.min_new_tokens, decoding.temperature, size) == (9, 5, 0.0, None)
     torch.manual_seed(decoding.seed)
 
 
