@@ -264,7 +264,7 @@ class SlotDecoder:
             torch.cuda.current_stream().wait_stream(side)
             for tensor, before in zip((*self.state.tensors(), self.cache.lengths), kept, strict=True):
                 tensor.copy_(before)
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._advance()
         return graph
 
