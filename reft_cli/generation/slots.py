@@ -146,10 +146,8 @@ class SlotDecoder:
         model, which attends from slots. `merged`: the weights are not the base's own, so its steps are others.
         """
         with ExitStack() as entered:
-            entered.enter_context(torch.inference_mode())
             entered.enter_context(attending(self.model, SLOTS))
             entered.enter_context(self.stack.hooked())
-            self.state.alive.zero_()
             self._merged = merged
             self._edits = any(self.stack.owner_of_new_tokens(request.member) for request in requests)
             yield from self._run(deque(enumerate(requests)))
@@ -158,14 +156,18 @@ class SlotDecoder:
         busy: dict[int, Busy] = {}
         free = list(range(self.cache.slots))
         while waiting or busy:
-            if waiting and (not busy or len(free) * REFILL >= self.cache.slots):
-                while waiting and free:
-                    self._admit(waiting, free, busy)
-            else:
-                steps = min(self.look_every, max(each.left for each in busy.values()))
-                for _ in range(steps):
-                    self._step(busy)
-            yield from self._look(busy, free)
+            with torch.inference_mode():  # left again before the reader goes on
+                if not busy:
+                    self.state.alive.zero_()
+                if waiting and (not busy or len(free) * REFILL >= self.cache.slots):
+                    while waiting and free:
+                        self._admit(waiting, free, busy)
+                else:
+                    steps = min(self.look_every, max(each.left for each in busy.values()))
+                    for _ in range(steps):
+                        self._step(busy)
+                news = list(self._look(busy, free))
+            yield from news
 
     # ---- prompts
 

@@ -152,6 +152,7 @@ def test_a_reader_who_stops_leaves_the_model_as_it_was():
     decoder_of_it = Decoder.of(model, Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER)
     progress = decoder_of_it.progress(requests_of([prompt(5)], member=1), decoding=LONG, batch_size=1)
     assert not next(progress).done
+    assert not torch.is_inference_mode_enabled()
     progress.close()
     assert base.config._attn_implementation == "sdpa"
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in base.modules())
@@ -231,6 +232,6 @@ def test_a_step_reads_no_value_so_it_can_be_captured(family: str, decoding: Deco
     progress = serving.progress(requests_of(PROMPTS, member=1), decoding=decoding, batch_size=3)
     next(progress)
     assert serving._slots is not None and serving._slots._edits
-    with FakeTensorMode(allow_non_fake_inputs=True):  # an error for whatever depends on a value
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):  # an error for what depends on a value
         serving._slots._advance()
     progress.close()
