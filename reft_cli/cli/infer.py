@@ -34,6 +34,8 @@ AGAINST = (
     ("--stream", "--compare"),
     ("--stream", "--json"),
     ("--stream", "--input"),
+    ("--samples", "--chat"),
+    ("--samples", "--stream"),
 )
 PARTS = ("importing torch and transformers", "loading the model", "answering")  # what -v tells the time of
 NEEDS = {"--output": "--input", "--resume": "--output"}
@@ -62,6 +64,7 @@ def infer(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
+    samples: options.Samples = 1,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Show the answer as it grows.", show_default="on a terminal"),
@@ -78,15 +81,15 @@ def infer(
     """Answer a prompt, the rows of a file, or in a chat."""
     given = {"--prompt": prompt, "--field": field, "--input": source, "--chat": chat, "--output": output}
     given |= {"--resume": resume, "--base": base, "--compare": compare, "--stream": stream, "--raw": raw}
-    _check_flags(given | {"--json": as_json})
+    _check_flags(given | {"--json": as_json, "--samples": samples > 1})
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
-    how = How({key: value for key, value in asked.items() if value is not None}, models, raw)
+    how = How({key: value for key, value in asked.items() if value is not None}, models, samples, raw)
     marks = [time.perf_counter()]
-    from reft_cli import runs
+    from reft_cli.runs import open_run
 
     marks.append(time.perf_counter())
-    with runs.open_run(
+    with open_run(
         run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
     ) as session:
         marks.append(time.perf_counter())
@@ -97,29 +100,36 @@ def infer(
         else:
             live = console.is_terminal(sys.stdout) if stream is None else stream
             _answer_one(session, _fields(field) if field else str(prompt), how, as_json=as_json, stream=live)
-        if console.settings.verbose:
-            _tell_times([*marks, time.perf_counter()], session.why_slow(how.settings))
+        _tell_times([*marks, time.perf_counter()], session, how)
 
 
-def _tell_times(marks: Sequence[float], why_slow: str | None) -> None:
-    """Where the time went, and whether answers came the slower way."""
+def _tell_times(marks: Sequence[float], session: Session, how: How) -> None:
+    """With -v, where the time went, and whether answers came the slower way."""
     spent = [f"{name} {end - start:.2f} s" for name, (start, end) in zip(PARTS, pairwise(marks), strict=True)]
     console.detail(", ".join(spent))
+    why_slow = session.why_slow(how.settings) if console.settings.verbose else None
     if why_slow is not None:
         console.detail(f"decoded by transformers' generate: {why_slow}")
 
 
 @dataclass(frozen=True)
 class How:
-    """What the flags ask for: settings of the decoding, the models that answer, and whether there is no template."""
+    """What the flags ask for: settings, the models that answer, how often each, and whether there is no template."""
 
     settings: dict[str, Any]
     models: Sequence[Model]
+    samples: int
     raw: bool
 
-    def answers(self, session: Session, prompts: Sequence[str | Mapping[str, Any]]) -> Iterator[dict[Model, Answer]]:
-        """For each prompt the answer of each model, as soon as it is known."""
-        return session.answers(prompts, settings=self.settings, models=self.models, raw=self.raw)
+    def answers(
+        self, session: Session, prompts: Sequence[str | Mapping[str, Any]]
+    ) -> Iterator[dict[Model, list[Answer]]]:
+        """For each prompt the answers of each model, as soon as they are known."""
+        return session.answers(prompts, settings=self.settings, models=self.models, samples=self.samples, raw=self.raw)
+
+    def one_or_all(self, values: Sequence[Any]) -> Any:  # noqa: ANN401  any JSON value
+        """As JSON has it: a list where --samples asked for several."""
+        return list(values) if self.samples > 1 else values[0]
 
 
 def _chat(session: Session, how: How) -> None:
@@ -155,23 +165,25 @@ def _fields(given: Sequence[str]) -> dict[str, str]:
 
 
 def _answer_one(session: Session, row: str | Mapping[str, Any], how: How, *, as_json: bool, stream: bool) -> None:
-    if stream and not as_json and len(how.models) == 1:
+    if stream and not as_json and len(how.models) == how.samples == 1:
         write_stream(session.stream(row, settings=how.settings, base="base" in how.models, raw=how.raw))
         return
     found = next(how.answers(session, [row]))
     if as_json:
         facts = {
-            name: {"answer": each.text, "tokens": each.tokens, "finished": each.finished}
-            for name, each in found.items()
+            name: how.one_or_all(
+                [{"answer": each.text, "tokens": each.tokens, "finished": each.finished} for each in answers]
+            )
+            for name, answers in found.items()
         }
-        console.result_json({"prompt": row} | (facts if len(found) > 1 else facts[how.models[0]]))
-    elif len(found) == 1:
-        console.result(found[how.models[0]].text.strip())
-    elif console.is_terminal(sys.stdout):
-        _side_by_side({name: answer.text.strip() for name, answer in found.items()})
+        several = {"answers": facts[how.models[0]]} if how.samples > 1 else facts[how.models[0]]
+        console.result_json({"prompt": row} | (facts if len(found) > 1 else several))
+    elif len(found) > 1 and console.is_terminal(sys.stdout):
+        _side_by_side({name: "\n".join(each.text.strip() for each in answers) for name, answers in found.items()})
     else:
-        for name, answer in found.items():
-            console.result(f"{name}: {answer.text.strip()}")
+        for name, answers in found.items():
+            for answer in answers:
+                console.result((f"{name}: " if len(found) > 1 else "") + answer.text.strip())
 
 
 def write_stream(pieces: Iterator[str]) -> str:
@@ -211,7 +223,7 @@ def _answer_rows(session: Session, source: str, how: How, *, output: Path | None
         observer.on_start(len(rows), done, {"verb": "answering", "unit": "row"})
         found = how.answers(session, prompts[done:])
         for number, (row, answers) in enumerate(zip(rows.rows[done:], found, strict=True), start=done + 1):
-            line = row | {ADDED[name]: answer.text for name, answer in answers.items()}
+            line = row | {ADDED[name]: how.one_or_all([each.text for each in texts]) for name, texts in answers.items()}
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
             observer.on_progress(number, len(rows))

@@ -66,3 +66,6 @@ TopP = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Tokens that are sampled from; 0: all.", min=0, metavar="K")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of the sampling.", min=0, metavar="N")]
+Samples = Annotated[
+    int, typer.Option("--samples", help="Answers to each prompt; with a temperature.", min=1, metavar="N")
+]

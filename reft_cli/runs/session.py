@@ -15,6 +15,7 @@ from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.templates import TextTemplate
+from reft_cli.errors import SpecError
 from reft_cli.generation.decode import Decoder
 from reft_cli.generation.settings import Answer, Request
 from reft_cli.models.intervened import IntervenedModel
@@ -67,7 +68,7 @@ class Session:
     ) -> list[Answer]:
         """Answers in the order of the prompts. `base`: without the intervention; the rest is as in `answers`."""
         which: Model = "base" if base else "run"
-        return [each[which] for each in self.answers(prompts, settings=settings, models=[which], raw=raw)]
+        return [each[which][0] for each in self.answers(prompts, settings=settings, models=[which], raw=raw)]
 
     def answers(
         self,
@@ -75,22 +76,38 @@ class Session:
         *,
         settings: Mapping[str, Any],
         models: Sequence[Model] = ("run",),
+        samples: int = 1,
         raw: bool = False,
-    ) -> Iterator[dict[Model, Answer]]:
-        """For each prompt, in order and as soon as it is known, the answer of each model; all decode in one batch.
+    ) -> Iterator[dict[Model, list[Answer]]]:
+        """For each prompt, in order and as soon as they are known, the answers of each model; all decode in one batch.
 
-        `settings` are keys of the spec's `generation` and `seed`; `raw`: prompts are used as they are. A classifier
-        answers with the name of the class, a regression with the number.
+        `settings` are keys of the spec's `generation` and `seed`; `samples`: how many answers of each model; `raw`:
+        prompts are used as they are. A classifier answers with the name of the class, a regression with the number.
+        SpecError: several samples of what always answers the same.
         """
+        self._check_samples(samples, settings)
         examples = self._encode(prompts, raw=raw)
         if self.text.kind != "causal_lm":
             columns = [self._predict(examples, base=model == "base") for model in models]
-            return (dict(zip(models, row, strict=True)) for row in zip(*columns, strict=True))
+            return (
+                {model: [each] for model, each in zip(models, row, strict=True)} for row in zip(*columns, strict=True)
+            )
         decoding, batch_size = merge_generation(self.checkpoint.manifest.generation, settings)
         check_fits(examples, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
-        requests = [Request(each.input_ids, MEMBERS[model]) for each in examples for model in models]
+        requests = [
+            Request(each.input_ids, MEMBERS[model], sample)
+            for each in examples
+            for model in models
+            for sample in range(samples)
+        ]
         found = self.decoder.in_order(requests, decoding=decoding, batch_size=batch_size)
-        return (dict(zip(models, row, strict=True)) for row in zip(*[found] * len(models), strict=True))
+        of_a_model = map(list, zip(*[found] * samples, strict=True))
+        return (dict(zip(models, row, strict=True)) for row in zip(*[of_a_model] * len(models), strict=True))
+
+    def _check_samples(self, samples: int, settings: Mapping[str, Any]) -> None:
+        decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
+        if samples > 1 and (self.text.kind != "causal_lm" or decoding.temperature == 0):
+            raise SpecError(f"--samples {samples}: without a --temperature above 0 they would all be the same")
 
     def stream(
         self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False

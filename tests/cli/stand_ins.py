@@ -40,16 +40,19 @@ class FakeSession:
     def fields_of(self, prompt):
         return self.text.template.fields_from_text(prompt)
 
-    def answers(self, prompts, *, settings, models=("run",), raw=False):
+    def answers(self, prompts, *, settings, models=("run",), samples=1, raw=False):
         self.calls.append({"prompts": list(prompts), "settings": settings, "models": list(models), "raw": raw})
         for prompt in prompts:
             text = prompt if isinstance(prompt, str) else prompt["text"]
             texts = {"run": text.upper(), "base": text[::-1]}
-            yield {model: Answer(f" {texts[model]}\n", len(text), True) for model in models}
+            yield {
+                model: [Answer(f" {texts[model] + '!' * sample}\n", len(text), True) for sample in range(samples)]
+                for model in models
+            }
 
     def why_slow(self, settings):
         return "there is no model"
 
     def stream(self, prompt, *, settings, base=False, raw=False):
         model = "base" if base else "run"
-        yield from next(self.answers([prompt], settings=settings, models=[model], raw=raw))[model].text
+        yield from next(self.answers([prompt], settings=settings, models=[model], raw=raw))[model][0].text

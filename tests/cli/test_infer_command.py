@@ -103,6 +103,17 @@ def test_on_a_terminal_answers_stream(reft, session, monkeypatch):
     assert screen.getvalue() == "piece by piece\n"
 
 
+def test_several_samples(reft, session, rows):
+    flags = ("--temperature", "1", "--samples", "2")
+    assert reft("infer", "runs/s", "--prompt", "good", *flags).out == "GOOD\nGOOD!\n"
+    both = reft("infer", "runs/s", "--prompt", "good", "--compare", *flags).out
+    assert both == "base: doog\nbase: doog!\nrun: GOOD\nrun: GOOD!\n"
+    found = reft("infer", "runs/s", "--prompt", "good", "--json", *flags).json
+    assert [each["answer"] for each in found["answers"]] == [" GOOD\n", " GOOD!\n"]
+    line = json.loads(reft("infer", "runs/s", "--input", rows, *flags).out.splitlines()[3])
+    assert line["prediction"] == [" ROW 3 Ä\n", " ROW 3 Ä!\n"]
+
+
 # ---- rows
 
 

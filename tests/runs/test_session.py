@@ -197,8 +197,18 @@ def test_both_models_answer_in_one_batch_as_each_alone(run: Path):
     prompts = ["good", "cold bad", "fine warm warm poor"]
     with runs.open_run(run) as session:
         both = list(session.answers(prompts, settings={}, models=["base", "run"]))
-        assert [each["run"] for each in both] == session.answer(prompts, settings={})
-        assert [each["base"] for each in both] == session.answer(prompts, settings={}, base=True)
+        assert [each["run"] for each in both] == [[each] for each in session.answer(prompts, settings={})]
+        assert [each["base"] for each in both] == [[each] for each in session.answer(prompts, settings={}, base=True)]
+
+
+def test_samples_are_several_answers_of_which_the_first_is_the_answer(run: Path):
+    warm = {"temperature": 5.0, "max_new_tokens": 12}
+    with runs.open_run(run) as session:
+        found = list(session.answers(["good", "bad"], settings=warm, models=["base", "run"], samples=3))
+        assert [each["run"][0] for each in found] == session.answer(["good", "bad"], settings=warm)
+        assert all(len({answer.text for answer in answers}) == 3 for each in found for answers in each.values())
+        with pytest.raises(SpecError, match="--samples 2: without a --temperature above 0"):
+            session.answers(["good"], settings={}, samples=2)
 
 
 def test_the_hooks_are_the_session_s_and_go_with_it(run: Path):
