@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train import FIRST, LAST, RANK, SHAPES, random_llama
+from train import SHAPES, Plan, random_llama
 
+FIRST, LAST, RANK = 7, 7, 8
 PROMPT, RAGGED = 128, (20, 400)
 Prompts = list[list[int]]
 Decode = Callable[[Prompts, int, int], int]  # prompts, new tokens, batch size -> tokens that came
@@ -41,6 +42,14 @@ def draw(count: int, length: tuple[int, int], vocabulary: int) -> Prompts:
     """The same prompts on every side."""
     chance = random.Random(count)
     return [[chance.randrange(10, vocabulary) for _ in range(chance.randint(*length))] for _ in range(count)]
+
+
+def endless(shape: str, device: str) -> Any:
+    """The bench's model of a shape, whose answers have no end."""
+    plan = Plan(shape, "commonsense", device, f"f{FIRST}+l{LAST}", "all", RANK, 0)
+    model = random_llama(plan).eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def members_of(model: Any, count: int, *, kind: str = "reft") -> list[Any]:
@@ -83,8 +92,7 @@ def ours(
     from reft_cli.generation.settings import Decoding, Request
     from reft_cli.models.stacked import Stack
 
-    model = random_llama(shape, device).eval()
-    model.generation_config.eos_token_id = None
+    model = endless(shape, device)
     stack = Stack(model, members_of(model, members, kind=kind))
     decoder = Decoder(model, stack, tokenizer=NoText(), compiled=compiled)  # type: ignore[arg-type]
     turns = [1 if members else 0]
@@ -109,8 +117,7 @@ def batches(prompts: Prompts, size: int, device: str) -> Iterator[tuple[torch.Te
 
 def transformers_generate(shape: str, device: str, *, static: bool) -> Decode:
     """The base model through transformers' generate."""
-    model = random_llama(shape, device).eval()
-    model.generation_config.eos_token_id = None
+    model = endless(shape, device)
     options = {"cache_implementation": "static"} if static else {}
 
     @torch.inference_mode()
@@ -130,8 +137,7 @@ def pyreft_generate(shape: str, device: str) -> Decode:
     """pyreft's generate with the interventions on the prompt, left-padded as its examples evaluate."""
     import pyreft
 
-    model = random_llama(shape, device).eval()
-    model.generation_config.eos_token_id = None
+    model = endless(shape, device)
     layers, hidden = SHAPES[shape][2], SHAPES[shape][0]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     representations = [
