@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from reft_cli import runs
-from reft_cli.generation.decode import Answer
+from reft_cli.generation.settings import Answer
 from reft_cli.runs.evaluate import EvalReport
 from reft_cli.runs.sources import rows_of
 from reft_cli.runs.texts import load_training_data
@@ -163,10 +163,10 @@ def test_answers_are_scored_as_published(
     run_suite: Callable[..., EvalReport],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    def decode_all(model: object, prompts: list[object], **settings: object) -> list[Answer]:
-        return [Answer(text, 1, True)] * len(prompts)
+    def answers(decoder: object, requests: list[object], **settings: object) -> Iterator[tuple[int, Answer]]:
+        return enumerate([Answer(text, 1, True)] * len(requests))
 
-    monkeypatch.setattr("reft_cli.evaluation.evaluate.decode_all", decode_all)
+    monkeypatch.setattr("reft_cli.generation.decode.Decoder.answers", answers)
     metrics = run_suite(suite).metrics
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
