@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train import SHAPES, Plan, random_llama
+from train_sides import SHAPES, Plan, random_llama
 
 FIRST, LAST, RANK = 7, 7, 8
 PROMPT, RAGGED = 128, (20, 400)
