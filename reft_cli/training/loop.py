@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from signal import Signals
 from typing import Literal
 
@@ -101,7 +102,11 @@ class Trainer:
         half = next(model.base_model.parameters()).dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
         plain = PlainPasses(model, task, self.scaler)
-        self.passes: Passes = RecordedPasses(model, task, pad_token_id=pad_token_id) if settings.recorded else plain
+        self.passes: Passes = plain
+        if settings.recorded:
+            self.passes = RecordedPasses(
+                model, task, pad_token_id=pad_token_id, tell=partial(observer.on_message, "warning")
+            )
         if settings.cached:
             self.passes = CachedPasses(self.passes, plain, tokens=len(Examples.of(examples).tokens))
         self.loader = Loader(

@@ -7,7 +7,7 @@ up to sizes of which there are few; it reads and writes the same memory every ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -73,11 +73,15 @@ def why_not_recorded(model: IntervenedModel, *, packed: bool, checkpointing: boo
 class RecordedPasses:
     """Passes as CUDA graphs, one for each size of batch; a size is run as it comes once, then recorded.
 
-    `prepare` fills batches up, so that there are few sizes, and leaves those that are too long to be worth it.
+    `prepare` fills batches up, so that there are few sizes, and leaves those that are too long to be worth it. A model
+    that cannot be recorded, say because its router looks at values on the host, runs as it comes; `tell` is told why.
     """
 
-    def __init__(self, model: IntervenedModel, task: Task, *, pad_token_id: int) -> None:
-        self.model, self.task, self.pad_token_id = model, task, pad_token_id
+    def __init__(
+        self, model: IntervenedModel, task: Task, *, pad_token_id: int, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.model, self.task, self.pad_token_id, self.tell = model, task, pad_token_id, tell
+        self.refused = False
         self._plain = PlainPasses(model, task, torch.amp.GradScaler("cuda", enabled=False))
         self._longest = LAUNCH_BOUND * model.block_count / model.operations_a_token()
         self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
@@ -90,7 +94,7 @@ class RecordedPasses:
 
     def __call__(self, batch: Batch, units: int) -> Tensor:
         """See Passes."""
-        if self._is_long(batch):
+        if self.refused or self._is_long(batch):
             return self._plain(batch, units)
         size = (*(tensor.numel() for tensor in _tensors(batch)), int(batch.inputs["max_length_q"]))
         if size in self._recordings:
@@ -98,7 +102,16 @@ class RecordedPasses:
         if size not in self._seen or len(self._recordings) >= MOST_RECORDINGS:
             self._seen.add(size)
             return self._first(batch, units)
-        self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
+        now = torch.cuda.current_stream()
+        try:
+            self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(now)  # a recording that fails leaves its own behind
+            self.refused = True
+            self.tell(f"CUDA graphs are off, this model cannot be recorded: {str(error).splitlines()[0]}")
+            return self._plain(batch, units)
         return self._recordings[size].replay(batch, units)
 
     def _is_long(self, batch: Batch) -> bool:
