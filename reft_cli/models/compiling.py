@@ -14,7 +14,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo.utils import calculate_time_spent
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -53,4 +52,6 @@ def compiled(function: Callable[Given, Made]) -> Callable[Given, Made]:
 
 def compile_seconds() -> float:
     """What compiling has taken in this process so far."""
+    from torch._dynamo.utils import calculate_time_spent  # a second to import, for nothing where nothing is compiled
+
     return float(calculate_time_spent()["total_wall_time"])
