@@ -8,6 +8,7 @@ ReftError
 ├── MemoryExhausted  5   out of memory, after everything smaller was tried
 ├── Diverged         6   the loss is NaN or exploded
 ├── BelowThreshold   7   `--fail-under` not met
+├── ProcessLost      1   another process of the run is gone, or 128 + the signal that ended it
 └── Interrupted   130/143   SIGINT or SIGTERM; a checkpoint was saved
 
 A message says where (file:line:column, key or path), what was given and what to do, in one line if it can.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 # A full or broken disk and the like: neither the user's doing nor a fault of ours. A bare ReftError (1) says it.
 MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE}
@@ -50,6 +51,10 @@ class ReftError(Exception):
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Problems and all, for the run's other processes."""
+        return _rebuilt, (type(self), self.problems), self.__dict__
 
 
 class SpecError(ReftError):
@@ -94,6 +99,16 @@ class BelowThreshold(ReftError):
     code, kind = 7, "threshold"
 
 
+class ProcessLost(ReftError):
+    """Another process of the run is gone, so that this one cannot go on."""
+
+    kind = "process"
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Interrupted(ReftError):
     """A signal ended the run after a checkpoint was saved."""
 
@@ -111,4 +126,10 @@ class Interrupted(ReftError):
 
 def exit_code(error: ReftError) -> int:
     """The process's exit code for an error."""
-    return error.exit_code if isinstance(error, Interrupted) else error.code
+    return error.exit_code if isinstance(error, Interrupted | ProcessLost) else error.code
+
+
+def _rebuilt(kind: type[ReftError], problems: tuple[Problem, ...]) -> ReftError:
+    error = kind.__new__(kind)
+    ReftError.__init__(error, *problems)
+    return error

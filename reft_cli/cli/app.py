@@ -21,7 +21,9 @@ import typer
 from reft_cli import __version__
 from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, tasks, train
 from reft_cli.environment import versions, without_secrets
-from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ReftError
+from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ProcessLost, ReftError
+from reft_cli.parallel import launch
+from reft_cli.parallel.world import is_ours, world
 
 # Typer exports only this one of the errors it makes itself; its grandparent is the class of them all.
 TyperError: Any = typer.BadParameter.__mro__[2]
@@ -68,16 +70,20 @@ def _globals(
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the program on a command line and leave with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    console.reset(as_json="--json" in words)
+    console.reset(words)
+    if is_ours():
+        launch.end_with_parent()
     sys.exit(_run(words))
 
 
 def _run(words: list[str]) -> int:
     try:
+        place = world()
+        console.settings.speaks = place is None or place.rank == 0
         code = app(words, prog_name="reft", standalone_mode=False)
         sys.stdout.flush()
     except ReftError as error:
-        return console.fail(error)
+        return launch.LOST if isinstance(error, ProcessLost) and is_ours() else console.fail(error)
     except TyperError as error:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):

@@ -12,11 +12,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from reft_cli.errors import ReftError, exit_code
+from reft_cli.parallel.world import is_ours
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -41,14 +42,20 @@ class Settings:
     progress: bool = True
     run: Path | None = None
     """The run folder at work, where a traceback belongs."""
+    words: tuple[str, ...] = ()
+    """The command line."""
+    speaks: bool = True
+    """False in all but the first of a run's processes, which speaks for the others."""
 
 
 settings = Settings()
 
 
-def reset(*, as_json: bool) -> None:
-    """Start with the flags' defaults and with the libraries quiet."""
-    settings.json, settings.verbose, settings.quiet, settings.progress, settings.run = as_json, False, False, True, None
+def reset(words: Sequence[str]) -> None:
+    """Start with the flags' defaults for a command line, and with the libraries quiet."""
+    defaults = Settings(json="--json" in words, words=tuple(words))
+    for field in fields(Settings):
+        setattr(settings, field.name, getattr(defaults, field.name))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     for name in LOGGERS:
@@ -77,7 +84,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 def is_live() -> bool:
     """Whether stderr can show something that moves, and it is wanted."""
-    return is_terminal(sys.stderr) and settings.progress and not settings.quiet
+    return is_terminal(sys.stderr) and settings.progress and settings.speaks and not settings.quiet
 
 
 def rich_console(stream: TextIO) -> Console:
@@ -93,6 +100,8 @@ def rich_console(stream: TextIO) -> Console:
 
 def result(text: str) -> None:
     """Print the result, or one line of it."""
+    if not settings.speaks:
+        return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -130,24 +139,30 @@ def result_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, ri
 
 def say(text: str) -> None:
     """Print a line for the person who waits; silent with -q."""
-    if not settings.quiet:
+    if settings.speaks and not settings.quiet:
         complain(text)
 
 
 def detail(text: str) -> None:
     """Print a line that only -v shows."""
-    if settings.verbose:
+    if settings.speaks and settings.verbose:
         complain(text)
 
 
 def warn(text: str) -> None:
     """Print a warning."""
-    complain(f"warning: {text}")
+    if settings.speaks:
+        complain(f"warning: {text}")
 
 
 def fail(error: ReftError) -> int:
-    """Print an error as text or as a JSON object; returns the exit code."""
+    """Print an error as text or as a JSON object; returns the exit code.
+
+    A process that does not speak tells only a parent of ours, who passes it on if nobody else has said it.
+    """
     code = exit_code(error)
+    if not (settings.speaks or is_ours()):
+        return code
     if settings.json:
         first, *others = [asdict(problem) for problem in error.problems]
         found = {"code": code, "kind": error.kind, **first}

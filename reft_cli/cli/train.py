@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +15,9 @@ from typer.core import TyperCommand
 
 from reft_cli.cli import console, options
 from reft_cli.cli.progress import progress
-from reft_cli.errors import Interrupted, SpecError
+from reft_cli.errors import Interrupted, ProcessLost, SpecError
+from reft_cli.parallel import launch
+from reft_cli.parallel.world import is_launched
 
 if TYPE_CHECKING:
     from reft_cli.runs import TrainResult
@@ -57,6 +61,9 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", help="Stop after so many optimizer steps.", min=1, metavar="N")
     ] = None,
+    processes: Annotated[
+        str | None, typer.Option("--processes", help="How many, one a GPU; auto: all GPUs.", metavar="N")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the spec with every key filled, and stop.")] = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
@@ -72,15 +79,19 @@ def train(
         raise SpecError(f"--resume {resume}: a step or nothing is needed")
     if name is not None and not NAME.fullmatch(name):
         raise SpecError(f"--name {name}: only letters, digits, ., _ and - make a name; for a path there is --output")
+    sets = [*sets, *([f"parallel.processes={processes}"] if processes else [])]
     loaded = load_spec(spec, overrides=[*sets, *([f"train.max_steps={max_steps}"] if max_steps else [])])
     if dry_run:
         text = resolved_yaml(loaded)
         console.result_json({"resolved": text}) if as_json else console.result(text.rstrip("\n"))
         return
+    _ignore_early_usr1()
+    console.settings.run = loaded.run_path(output=output, name=name)
+    count = 1 if is_launched() else launch.count(loaded.spec.parallel.processes, device=loaded.spec.model.device)
+    if count > 1:
+        raise typer.Exit(_launched(console.settings.run, count, resume=resume is not None, overwrite=overwrite))
     from reft_cli import runs
-    from reft_cli.runs.train import run_path
 
-    console.settings.run = run_path(loaded.spec, loaded_name=loaded.path.stem, output=output, name=name)
     try:
         with progress() as observer:
             done = runs.train(loaded, output=output, name=name, resume=resume, overwrite=overwrite, observer=observer)
@@ -89,6 +100,28 @@ def train(
         stopped.problems = (replace(stopped.problems[0], hint=f"Go on with: {words}"),)
         raise
     _print(done, as_json=as_json)
+
+
+def _ignore_early_usr1() -> None:
+    """There is nothing to save before training begins, and the signal's default would end the process."""
+    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _launched(folder: Path, count: int, *, resume: bool, overwrite: bool) -> int:
+    """Train in processes of their own; returns their exit code, once what ended them is said and written down."""
+    from reft_cli.runfolder import RunFolder
+
+    run = RunFolder(folder)
+    run.check(resume=resume, overwrite=overwrite)
+    outcome = launch.run(console.settings.words, count)
+    if outcome.said:
+        console.complain(outcome.said)
+    if outcome.lost:
+        console.fail(ProcessLost(outcome.lost, exit_code=outcome.code))
+    if outcome.code and run.exists() and run.read().get("status") == "running":
+        run.finish("failed", exit_code=outcome.code, reason=outcome.lost or outcome.said or "ended by a signal")
+    return outcome.code
 
 
 def _print(done: TrainResult, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from array import array
@@ -13,42 +14,52 @@ from typing import TextIO
 
 from reft_cli.generation.decode import Decoder
 from reft_cli.generation.settings import Answer, Decoding, Request
+from reft_cli.parallel.collective import by_first, from_first, is_first, rank, size, spread
 
 
 class AnswerStore:
     """A file with a JSON line for each answer, under a key of what decides it: the settings, the model, the prompt.
 
-    Lines of other settings, of other prompts, and one that a kill tore are passed over; new ones go to the end.
+    Lines of other settings, of other prompts, and one that a kill tore are passed over; new ones go to the end. Each
+    of several processes adds to a file of its own beside the first one's, and all know what is in any of them.
     """
 
     def __init__(self, path: Path, *, settings: str) -> None:
-        self.path, self.settings = path, settings
-        self.known = dict(self._read())
+        self._first = path
+        self.path = path if is_first() else path.with_name(f"{path.stem}-{rank()}{path.suffix}")
+        self.settings, self.known = from_first(lambda: (settings, dict(self._read())))
         self._file: TextIO | None = None
 
+    def _files(self) -> list[Path]:
+        """Those that any process has written, now or before."""
+        others = self._first.parent.glob(f"{glob.escape(self._first.stem)}-*{self._first.suffix}")
+        return [path for path in (self._first, *sorted(others)) if path.exists()]
+
     def _read(self) -> Iterator[tuple[str, Answer]]:
-        if not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]
-        for line in whole.splitlines():
-            values = json.loads(line)
-            yield values.pop("key"), Answer(**values)
-        if whole != text:
-            self.path.write_text(whole, encoding="utf-8")
+        for path in self._files():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            whole = text[: text.rfind("\n") + 1]
+            for line in whole.splitlines():
+                values = json.loads(line)
+                yield values.pop("key"), Answer(**values)
+            if whole != text:
+                path.write_text(whole, encoding="utf-8")
 
     def key(self, request: Request) -> str:
         """The same for requests that have the same answer."""
         numbers = array("q", (request.member, request.sample, *request.prompt)).tobytes()
         return hashlib.sha256(self.settings.encode() + numbers).hexdigest()[:24]
 
+    def know(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        """Hold answers that this or another process keeps."""
+        self.known.update(zip(map(self.key, requests), answers, strict=True))
+
     def add(self, request: Request, answer: Answer) -> None:
         """Keep an answer; it is with the operating system when this returns."""
-        key = self.key(request)
-        self.known[key] = answer
+        self.know([request], [answer])
         if self._file is None:
             self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"key": key} | asdict(answer), ensure_ascii=False) + "\n")
+        self._file.write(json.dumps({"key": self.key(request)} | asdict(answer), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -56,6 +67,15 @@ class AnswerStore:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def remove(self) -> None:
+        """Leave nothing of it, nor of any process's part."""
+
+        def unlink() -> None:
+            for path in self._files():
+                path.unlink(missing_ok=True)
+
+        by_first(unlink)
 
 
 @contextmanager
@@ -69,7 +89,7 @@ def answer_store(path: Path | None, *, settings: str) -> Iterator[AnswerStore | 
         yield store
     finally:
         store.close()
-    path.unlink(missing_ok=True)
+    store.remove()
 
 
 def answer_all(
@@ -81,16 +101,28 @@ def answer_all(
     store: AnswerStore | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the requests; those that the store knows are not decoded again."""
-    answers = {} if store is None else _known(requests, store)
-    waiting = [index for index in range(len(requests)) if index not in answers]
+    """Answers in the order of the requests; those that the store knows are not decoded again.
+
+    Each process decodes its share, and all get every answer.
+    """
+    known = {} if store is None else _known(requests, store)
+    waiting = [index for index in range(len(requests)) if index not in known]
+
+    def decode(mine: list[Request]) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        for number, answer in decoder.answers(mine, decoding=decoding, batch_size=batch_size):
+            answers[number] = answer
+            if store is not None:
+                store.add(mine[number], answer)
+            if on_progress:
+                on_progress(min(len(known) + len(answers) * size(), len(requests)))
+        return [answers[number] for number in range(len(mine))]
+
     queue = [requests[index] for index in waiting]
-    for number, answer in decoder.answers(queue, decoding=decoding, batch_size=batch_size):
-        answers[waiting[number]] = answer
-        if store is not None:
-            store.add(queue[number], answer)
-        if on_progress:
-            on_progress(len(answers))
+    new = spread(queue, decode, cost=lambda request: len(request.prompt))
+    if store is not None:
+        store.know(queue, new)
+    answers = known | dict(zip(waiting, new, strict=True))
     return [answers[index] for index in range(len(requests))]
 
 

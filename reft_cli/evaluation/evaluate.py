@@ -18,10 +18,16 @@ from reft_cli.evaluation.metrics import FROM_LOSS, by_source, score_classes, sco
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.parallel.collective import share, size, spread, together, total
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import HEADS, TASKS, predict
 
 Progress = Callable[[int, int], None]
+
+
+def tokens_of(example: Example) -> int:
+    """What a row costs, by which rows are shared out over processes."""
+    return len(example.input_ids)
 
 
 @dataclass(frozen=True)
@@ -127,17 +133,21 @@ class Evaluator:
 
     @torch.inference_mode()
     def _head(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> Evaluation:
-        task, loss = HEADS[self.kind], 0.0
-        outputs: dict[int, list[float]] = {}
-        for chosen, batch in self._batches(model, examples):
-            with model.editing(batch.rows if edited else None):
-                numbers_of = predict(model, batch)  # [B, C]
-            loss += float(task.loss_of(numbers_of, batch))
-            for example, values in zip(chosen, numbers_of.tolist(), strict=True):
-                outputs[id(example)] = values
-            tell(len(outputs), len(examples))
-        rows = [outputs[id(example)] for example in examples]
-        metrics = {"loss": loss / task.units(examples)}
+        task, losses = HEADS[self.kind], [0.0]
+
+        def outputs_of(mine: list[Example]) -> list[list[float]]:
+            outputs: dict[int, list[float]] = {}
+            for chosen, batch in self._batches(model, mine):
+                with model.editing(batch.rows if edited else None):
+                    numbers_of = predict(model, batch)  # [B, C]
+                losses.append(float(task.loss_of(numbers_of, batch)))
+                for example, values in zip(chosen, numbers_of.tolist(), strict=True):
+                    outputs[id(example)] = values
+                tell(min(len(outputs) * size(), len(examples)), len(examples))
+            return [outputs[id(example)] for example in mine]
+
+        rows = spread(examples, outputs_of, cost=tokens_of)
+        metrics = {"loss": total(sum(losses)) / task.units(examples)}
         if self.kind == "regression":
             numbers = [values[0] for values in rows]
             if self.metric not in FROM_LOSS:
@@ -170,12 +180,12 @@ class Evaluator:
     @torch.inference_mode()
     def mean_loss(self, model: IntervenedModel, examples: Sequence[Example], *, edited: bool = True) -> float:
         """The objective's mean over all units of these rows."""
-        task = TASKS[self.kind]
-        total = 0.0
-        for _, batch in self._batches(model, examples):
-            with model.editing(batch.rows if edited else None):
-                total += float(task.loss(model, batch))
-        return total / task.units(examples)
+        task, loss = TASKS[self.kind], 0.0
+        with together():
+            for _, batch in self._batches(model, share(examples, cost=tokens_of)):
+                with model.editing(batch.rows if edited else None):
+                    loss += float(task.loss(model, batch))
+        return total(loss) / task.units(examples)
 
     def _batches(self, model: IntervenedModel, examples: Sequence[Example]) -> Iterator[tuple[list[Example], Batch]]:
         for chosen in micro_batches(examples, token_budget=self.token_budget, rows=None, padded=True):

@@ -18,13 +18,14 @@ from reft_cli.errors import SpecError
 from reft_cli.evaluation.answers import answer_all, answer_store
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.generation.decode import requests_of
+from reft_cli.parallel.collective import from_first, is_first, joined
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.session import Session, open_run
 from reft_cli.runs.sources import names_a_split, rows_of
 from reft_cli.runs.texts import without_answers
 from reft_cli.spec.load import load_spec
-from reft_cli.training.observer import EvaluationRecord, Observer
+from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
 
 Base = Literal["none", "compare", "only"]
 
@@ -68,10 +69,11 @@ def evaluate(
     """Score a run on `data` (a file, folder, hub id or bundled name), or on a split of its own spec.
 
     The result and every row's prediction are kept in the run's eval/ folder, named by data, step and what was left out.
+    Each process that a launcher started scores its share; the first one writes and tells the observer.
     """
-    with open_run(
-        run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
-    ) as session:
+    place = {"checkpoint": checkpoint, "device": device, "model": model}
+    with joined(device=device or "auto"), open_run(run, trust_remote_code=trust_remote_code, **place) as session:
+        observer = observer if is_first() else NullObserver()
         rows = _rows(session, data, split, limit)
         encoded = session.text.encode(rows, tell=partial(observer.on_message, "debug"))
         overrides = (generation or {}) | {"batch_size": batch_size}
@@ -85,10 +87,10 @@ def evaluate(
             device=session.model.device,
             tied=session.tied,
         )
-        name = [split if data is None else Path(encoded.name).stem, f"step_{session.checkpoint.manifest.step:06d}"]
-        name += ["base"] * (base == "only") + ([f"first_{limit}"] if limit else [])
+        step = session.checkpoint.manifest.step
+        name = _file_name(split if data is None else Path(encoded.name).stem, step, base=base, limit=limit)
         started = time.perf_counter()
-        results = _score(session, encoded.examples, evaluator, base=base, name="-".join(name), observer=observer)
+        results = _score(session, encoded.examples, evaluator, base=base, name=name, observer=observer)
         seconds = time.perf_counter() - started
         report = EvalReport(
             run=run,
@@ -105,11 +107,16 @@ def evaluate(
             facts = {"generation": summary_of(decoding) | {"batch_size": size}, "device": str(session.model.device)}
             if evaluator.generates:
                 facts["decoded_by"] = session.decoder.why_not_slots(decoding) or "slots"
-            report = _keep(session.found.run, report, results, name="-".join(name), facts=facts)
-    step = session.checkpoint.manifest.step
+            report = from_first(partial(_keep, session.found.run, report, results, name=name, facts=facts))
     observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))
     observer.on_end("finished")
     return report
+
+
+def _file_name(scored: str, step: int, *, base: Base, limit: int | None) -> str:
+    """What was scored, and what was left out."""
+    parts = [scored, f"step_{step:06d}"] + ["base"] * (base == "only")
+    return "-".join(parts + ([f"first_{limit}"] if limit else []))
 
 
 def _score(

@@ -22,6 +22,7 @@ FREE = (
     "name",
     "output",
     "log",
+    "parallel",
     "checkpoint",
     "evaluation",
     "generation",

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,8 +24,10 @@ from reft_cli.checkpoint import write_checkpoint
 from reft_cli.errors import (
     MACHINE_FAULTS,
     CheckpointError,
+    DataError,
     Interrupted,
     MemoryExhausted,
+    ProcessLost,
     ReftError,
     SpecError,
     exit_code,
@@ -33,6 +36,18 @@ from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 from reft_cli.models.compiling import compile_seconds
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, load_tokenizer
+from reft_cli.parallel.collective import (
+    by_first,
+    copy_first,
+    from_first,
+    gathered,
+    is_first,
+    joined,
+    largest,
+    size,
+    together,
+)
+from reft_cli.parallel.world import is_launched
 from reft_cli.runfolder import RunFolder, Status
 from reft_cli.runs.assemble import (
     base_source,
@@ -55,9 +70,10 @@ from reft_cli.spec.resolved import resolved_yaml
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.objectives import TASKS
 from reft_cli.training.loop import Hooks, Trainer, TrainSettings
-from reft_cli.training.observer import Observer
+from reft_cli.training.observer import NullObserver, Observer
 from reft_cli.training.state import Progress, seed_everything
 
+SAVE = getattr(signal, "SIGUSR1", None)
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
@@ -73,11 +89,6 @@ class TrainResult:
     reason: str
 
 
-def run_path(spec: Spec, *, loaded_name: str, output: Path | None, name: str | None) -> Path:
-    """The run folder: flags, then `output` and `name` of the spec, then the spec file's name."""
-    return output or Path(spec.output.format(name=name or spec.name or loaded_name))
-
-
 def train(
     loaded: LoadedSpec,
     *,
@@ -90,13 +101,35 @@ def train(
 ) -> TrainResult:
     """Train what a spec asks for; `resume` is `last` or a step of a run that was begun before.
 
-    Every ReftError may come; the run folder then says failed or interrupted, and keeps its checkpoints.
+    In each process that a launcher started, this trains that process's share; only the first one writes and tells the
+    observer. Every ReftError may come, in all processes the same; the run folder then says failed or interrupted, and
+    keeps its checkpoints.
     """
     spec = loaded.spec
     if max_steps is not None:
         spec = spec.model_copy(update={"train": spec.train.model_copy(update={"max_steps": max_steps})})
-    path = run_path(spec, loaded_name=loaded.path.stem, output=output, name=name)
-    RunFolder(path).check(resume=resume is not None, overwrite=overwrite)
+    path = loaded.run_path(output=output, name=name)
+    with joined(device=spec.model.device):
+        _check_processes(spec)
+        if not is_first():
+            observer = NullObserver()
+        with together():
+            if is_first():
+                RunFolder(path).check(resume=resume is not None, overwrite=overwrite)
+            work = _prepared(spec, RunFolder(path), observer)
+        work.meet()
+        start = from_first(lambda: work.opened(loaded, resume=resume, overwrite=overwrite))
+        with _recorded(work.run, observer, spec), stop_signals() as signals:
+            if is_first() and resume is not None:
+                rewind(work.run, start)
+                work.run.prune(spec.checkpoint.keep)  # what the kill kept from being done, half-written folders too
+                if start is None:
+                    observer.on_message("warning", "no checkpoint yet: starting over")
+            return work.train(start, signals=signals)
+
+
+def _prepared(spec: Spec, run: RunFolder, observer: Observer) -> _Work:
+    """Everything that is loaded and built before the run folder is touched."""
     _check_trackers(spec)
     _set_determinism(spec.train.deterministic)
     tokenizer = load_tokenizer(base_source(spec.model))
@@ -105,18 +138,7 @@ def train(
     check_lengths(base, data, spec)
     model = build_from_spec(base, spec)
     execution = choose_execution(model, spec, data.train.examples)
-    run = RunFolder.create(path, resume=resume is not None, overwrite=overwrite)
-    work = _Work(run=run, spec=spec, base=base, model=model, data=data, execution=execution, observer=observer)
-    start = work.starting_point(resume) if resume is not None else None
-    run.begin(command=sys.argv, facts=work.facts())  # first of all, so that a folder is never taken for no run
-    run.write_spec(loaded.text, resolved=resolved_yaml(loaded))
-    with _recorded(run, observer, spec), stop_signals() as signals:
-        if resume is not None:
-            rewind(run, start)
-            run.prune(spec.checkpoint.keep)  # what the kill kept from being done, half-written folders too
-            if start is None:
-                observer.on_message("warning", "no checkpoint yet: starting over")
-        return work.train(start, signals=signals)
+    return _Work(run=run, spec=spec, base=base, model=model, data=data, execution=execution, observer=observer)
 
 
 class _Work:
@@ -136,16 +158,27 @@ class _Work:
         self.run, self.spec, self.base, self.model, self.data = run, spec, base, model, data
         self.observer = observer
         self.execution = execution
+        self.devices: list[str] = []
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
         )
 
+    def meet(self) -> None:
+        """Learn of the other processes. DataError: they read other rows."""
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        found = gathered((name, self.data.fingerprints))
+        self.devices = [name for name, _ in found]
+        for rank, (_, fingerprints) in enumerate(found):
+            for split, fingerprint in fingerprints.items():
+                if fingerprint != found[0][1][split]:
+                    raise DataError(f"data.{split}: process {rank} reads other rows than process 0")
+
     def facts(self) -> dict[str, Any]:
         """What run.json keeps of the set-up."""
-        device = self.model.device
         return {
-            "devices": [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type],
-            "processes": self.accelerator.num_processes,
+            "devices": self.devices,
+            "processes": size(),
             "base": {
                 "name": self.base.name,
                 "commit": self.base.commit,
@@ -162,10 +195,18 @@ class _Work:
             },
             **asdict(self.execution),
             "micro_batch": self.spec.train.micro_batch_size,
-            "token_budget": token_budget(device),
+            "token_budget": token_budget(self.model.device),
         }
 
-    def starting_point(self, which: str) -> Start | None:
+    def opened(self, loaded: LoadedSpec, *, resume: str | None, overwrite: bool) -> Start | None:
+        """Take the run folder, say in it what begins, and find where to go on; for the first process only."""
+        RunFolder.create(self.run.path, resume=resume is not None, overwrite=overwrite)
+        start = self._starting_point(resume) if resume is not None else None
+        self.run.begin(command=sys.argv, facts=self.facts())  # first, so that a folder is never taken for no run
+        self.run.write_spec(loaded.text, resolved=resolved_yaml(loaded))
+        return start
+
+    def _starting_point(self, which: str) -> Start | None:
         """Where to go on, if the run may. Nothing is written; if it may not, the folder is let go of."""
         try:
             check_same_run(self.run, self.spec, self.data.fingerprints, self.observer)
@@ -191,14 +232,15 @@ class _Work:
             hooks=Hooks(
                 validate=self._validate if self.data.validation is not None else None,
                 save=self._save,
-                mark_best=lambda step: self.run.link("best", self.run.checkpoint(step)),
+                mark_best=lambda step: by_first(lambda: self.run.link("best", self.run.checkpoint(step))),
                 log=self._log,
-                stop_signal=lambda: signals.received,
+                signal=signals.agreed,
                 last_good=self._last_good,
             ),
         )
         if start is not None:
             self._go_on(trainer, start)
+        copy_first(list(trainer.parameters.values()))  # machines differ in the last bit of what they draw
         if spec.log:
             self.accelerator.init_trackers("reft", config={"run": self.run.path.name})
         with self.model:
@@ -254,15 +296,19 @@ class _Work:
         fields = manifest_fields(
             spec=self.spec, base=self.base, model=self.model, text=self.data.text, step=progress.step
         )
-        write_checkpoint(
-            path, tensors=self.model.trainable_state(), manifest=fields, training=(state, progress.to_json())
-        )
-        self.run.link("last", path)
-        self.run.prune(self.spec.checkpoint.keep)
+
+        def write() -> None:
+            write_checkpoint(
+                path, tensors=self.model.trainable_state(), manifest=fields, training=(state, progress.to_json())
+            )
+            self.run.link("last", path)
+            self.run.prune(self.spec.checkpoint.keep)
+
+        by_first(write)
         self.observer.on_checkpoint(progress.step, path)
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        self.run.append_metrics({"step": step} | values)
+        by_first(lambda: self.run.append_metrics({"step": step} | values))
         if self.spec.log:
             self.accelerator.log(values, step=step)
 
@@ -285,18 +331,27 @@ class _Work:
         if progress.best_score is not None:
             metrics[f"validation_{best_metric(self.spec)}"] = progress.best_score
         books = {"step": progress.step, "metrics": metrics, "seconds": round(progress.seconds, 2)}
-        self.run.note(books | {"compile_seconds": round(compile_seconds(), 2)})
-        self.run.finish("done", exit_code=0, reason=reason)
-        self.run.write_card()
+
+        def write() -> None:
+            self.run.note(books | {"compile_seconds": round(compile_seconds(), 2)})
+            self.run.finish("done", exit_code=0, reason=reason)
+            self.run.write_card()
+
+        by_first(write)
         self.observer.on_end(reason)
         return TrainResult(self.run.path, progress.step, metrics, self.run.linked("best"), reason)
 
 
 @contextlib.contextmanager
 def _recorded(run: RunFolder, observer: Observer, spec: Spec) -> Iterator[None]:
-    """Whatever ends the run is written into run.json; running out of memory or of disk becomes advice."""
+    """Whatever ends the run is written into run.json; running out of memory or of disk becomes advice.
+
+    A run whose processes lost each other is left as one that was killed; whoever started them knows why.
+    """
 
     def note(status: Status, code: int, reason: str) -> None:
+        if not is_first():
+            return
         with contextlib.suppress(OSError, CheckpointError):  # the disk may be what failed, or the folder be gone
             run.finish(status, exit_code=code, reason=reason)
         run.release()
@@ -304,6 +359,9 @@ def _recorded(run: RunFolder, observer: Observer, spec: Spec) -> Iterator[None]:
 
     try:
         yield
+    except ProcessLost:
+        run.release()
+        raise
     except ReftError as error:
         note("interrupted" if isinstance(error, Interrupted) else "failed", exit_code(error), str(error))
         raise
@@ -341,31 +399,56 @@ def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
 
 @dataclass
 class StopSignals:
-    """The signal that asked the run to stop, if one came."""
+    """The signals that came: one that asks to stop, or SIGUSR1, which asks for a checkpoint."""
 
     received: int | None = None
+    since: float = 0.0
+    save: bool = False
+
+    def agreed(self) -> int | None:
+        """The signal that some process has received, the same in all of them; SIGUSR1 once."""
+        number = largest(self.received or (SAVE or 0 if self.save else 0))
+        if number == SAVE:
+            self.save = False
+        return number or None
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """SIGINT and SIGTERM are noted, and the run stops after the step it is in; a second one ends it at once."""
+    """SIGINT and SIGTERM are noted, and the run stops after the step it is in; a second one ends it at once.
+
+    One of several processes takes what comes within a second of the first for the same: schedulers send a signal to
+    every process, and launchers pass it on besides.
+    """
     state = StopSignals()
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
 
     def note(number: int, _: FrameType | None) -> None:
+        if number == SAVE:
+            state.save = True
+            return
         if state.received is not None:
+            if size() > 1 and time.monotonic() - state.since < 1.0:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        state.received = number
+        state.received, state.since = number, time.monotonic()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    known = (signal.SIGINT, signal.SIGTERM, *([SAVE] if SAVE else []))
+    before = {number: signal.signal(number, note) for number in known}
     try:
         yield state
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_processes(spec: Spec) -> None:
+    wanted = spec.parallel.processes
+    if is_launched() and wanted not in ("auto", size()):
+        raise SpecError(f"parallel.processes: {wanted}, and the launcher started {size()}; write auto")
 
 
 def _check_trackers(spec: Spec) -> None:

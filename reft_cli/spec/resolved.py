@@ -41,6 +41,10 @@ class LoadedSpec:
         kept = [key for key, place in places.items() if place is not None and place.suite]
         return kept, [key for key in keys if key not in kept]
 
+    def run_path(self, *, output: Path | None = None, name: str | None = None) -> Path:
+        """The run folder: flags, then `output` and `name` of the spec, then the spec file's name."""
+        return output or Path(self.spec.output.format(name=name or self.spec.name or self.path.stem))
+
 
 def resolved_yaml(loaded: LoadedSpec) -> str:
     """YAML of every key, one a line, with a comment: `train.yaml:4`, `--set train.seed=3`, a suite or `default`."""

@@ -257,6 +257,13 @@ class CheckpointSpec(Section):
     """Stop after so many validations without a better score."""
 
 
+class ParallelSpec(Section):
+    """Over how many processes a run is spread; the result is the same for any number."""
+
+    processes: Literal["auto"] | PositiveInt = "auto"
+    """Processes on this machine, one a GPU; auto: as many as there are GPUs. On a CPU more than one are slower."""
+
+
 class Spec(Section):
     """One file for every command."""
 
@@ -282,6 +289,8 @@ class Spec(Section):
     """How answers are decoded."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """What is kept of a run."""
+    parallel: ParallelSpec = ParallelSpec()
+    """Over how many processes the run is spread."""
     log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=[])
     """Trackers that get the metrics besides metrics.jsonl."""
     output: str = Field(default="runs/{name}", min_length=1)

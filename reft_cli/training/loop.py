@@ -24,6 +24,7 @@ from reft_cli.data.examples import Example, Examples
 from reft_cli.data.loader import GlobalBatch, Loader
 from reft_cli.errors import Diverged, Interrupted
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.parallel.collective import add_up, together
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
 from reft_cli.training.divergence import LOSS_WINDOW, fault_of
@@ -32,7 +33,7 @@ from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
 from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
 from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
 from reft_cli.training.schedule import Order, rate_factor
-from reft_cli.training.state import Progress, capture_state, restore_state
+from reft_cli.training.state import Progress, capture_state, restore_state, seed_step
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,16 @@ class TrainSettings:
 
 @dataclass
 class Hooks:
-    """What the loop calls and does not know: validation, saving, and a signal that asks to stop."""
+    """What the loop calls and does not know: validation, saving, and a signal: SIGUSR1 saves, others save and stop.
+
+    Each is called in every process.
+    """
 
     validate: Callable[[], dict[str, float]] | None
     save: Callable[[Progress, dict[str, Tensor]], None]
     mark_best: Callable[[int], None]
     log: Callable[[dict[str, float], int], None]
-    stop_signal: Callable[[], int | None]
+    signal: Callable[[], int | None]
     last_good: Callable[[], str]
 
 
@@ -176,14 +180,13 @@ class Trainer:
         units = self.task.units(batch.examples)
         total = torch.zeros((), device=device)
         self.model.bank.refresh()
-        for each in batch.passes:
-            total += self.passes(each, units)
+        seed_step(settings.seed, self.progress.step)
+        with together():
+            for each in batch.passes:
+                total += self.passes(each, units)
         self.progress.tokens += int(batch.examples.lengths.sum())
         self.model.bank.backpropagate()
-        gradients = all_gradients(self.model)
-        if self.accelerator.num_processes > 1:
-            for tensor in (*gradients, total):
-                torch.distributed.all_reduce(tensor)
+        add_up([*all_gradients(self.model), total])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             list(self.parameters.values()), settings.max_grad_norm or math.inf, foreach=True
@@ -206,7 +209,7 @@ class Trainer:
         step, last = self.progress.step, self.progress.step == self.steps
         validate = self.hooks.validate is not None and self._due(self.settings.validate_every)
         save = self._due(self.settings.save_every)
-        signal = self.hooks.stop_signal()
+        signal = self.hooks.signal()
         if last or validate or save or signal or step % self.settings.log_every == 0:
             self._look_at_losses()
             self._report_step(norm, rate)
@@ -215,7 +218,7 @@ class Trainer:
             self._save()
         if best:
             self.hooks.mark_best(step)
-        if signal and not last:
+        if signal and not last and Signals(signal).name != "SIGUSR1":
             raise Interrupted(f"stopped by {Signals(signal).name} at step {step}", signal=signal)
         return bool(self.settings.patience) and self.progress.bad_validations >= (self.settings.patience or 0)
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from reft_cli.parallel.collective import rank, size
+
+STEP_STRIDE = 1_000_003  # a prime; dropout of neighbouring steps and ranks is not shared
+
 
 @dataclass
 class Progress:
@@ -69,3 +73,12 @@ def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators, on every device."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """With several processes, seed this one's generators for a step, so that resuming needs nobody's state.
+
+    A single process draws on from where it is.
+    """
+    if size() > 1:
+        torch.manual_seed((seed * STEP_STRIDE + step) * size() + rank())

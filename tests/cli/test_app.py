@@ -144,7 +144,7 @@ def test_a_bug_is_one_line_and_a_report(reft, command):
 
 def test_the_report_of_a_bug_lies_in_the_run(reft, command, tmp_path, monkeypatch):
     command(ZeroDivisionError("oh"))
-    monkeypatch.setattr(console, "reset", lambda *, as_json: setattr(console.settings, "run", tmp_path))
+    monkeypatch.setattr(console, "reset", lambda words: setattr(console.settings, "run", tmp_path))
     monkeypatch.setattr(console.settings, "run", None)
     reft("boom")
     assert len(list((tmp_path / "logs").glob("reft-error-*.log"))) == 1

@@ -43,6 +43,6 @@ def test_json_is_one_line_and_strict(capsys):
 def test_a_character_that_the_stream_lacks_is_replaced(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
-    console.reset(as_json=False)
+    console.reset([])
     console.result("ä")
     assert narrow.buffer.getvalue() == b"?\n"

@@ -20,45 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from reft_cli.cli.app import main
+from exit_code_table import REFUSED
 from reft_cli.runfolder import RunFolder
 
-SPEC = """\
-model: {model}
-intervention: {{positions: f2+l2, rank: 2}}
-data: {{train: rows.jsonl, validation: rows.jsonl, test: rows.jsonl}}
-train: {{epochs: 2, global_batch_size: 4, learning_rate: 1.0e-2, log_every: 1}}
-generation: {{max_new_tokens: 3}}
-checkpoint: {{every: 1, keep: 9}}
-"""
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB")
 FULL = OSError(errno.ENOSPC, "No space left on device")
 ONWARD = " left on device. Put that right and go on with --resume."
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A folder with s.yaml, rows.jsonl and a finished run in runs/s."""
-    folder, before = tmp_path_factory.mktemp("project"), Path.cwd()
-    rows = [{"prompt": f"{word}? ", "completion": word} for word in ("aa", "bb", "cc", "dd") * 2]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "empty.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
-    (folder / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600, "completion": "y"}) + "\n")
-    (folder / "s.yaml").write_text(SPEC.format(model=tiny_llama))
-    os.chdir(folder)
-    with pytest.raises(SystemExit) as end:
-        main(["train", "s.yaml", "-q"])
-    os.chdir(before)
-    assert not end.value.code
-    return folder
-
-
-@pytest.fixture
-def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project, which is the working directory."""
-    shutil.copytree(project, tmp_path / "p", symlinks=True)
-    monkeypatch.chdir(tmp_path / "p")
-    return tmp_path / "p"
 
 
 def words_of(error: dict[str, object]) -> str:
@@ -82,37 +49,7 @@ def rewrite_data() -> None:
         file.write('{"prompt": "new", "completion": "row"}\n')
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "kind", "said"),
-    [
-        ("train", 2, "usage", "Missing argument"),
-        ("train s.yaml --nope", 2, "usage", "--nope"),
-        ("train s.yaml", 2, "spec", "runs/s exists and has finished. Continue with --resume"),
-        ("train nowhere.yaml", 2, "spec", "nowhere.yaml"),
-        ("train s.yaml --name t --set train.epoch=1", 2, "spec", "did you mean `train.epochs`?"),
-        ("train s.yaml --resume --set train.seed=1", 2, "spec", "was begun with other settings"),
-        ("train s.yaml --name t --resume", 2, "spec", "nothing to resume"),
-        ("eval runs/s --split tets", 2, "spec", "--split tets: the run's spec has train, validation and test"),
-        ("infer runs/s --prompt a --top-p 2", 2, "usage", "--top-p"),
-        ("infer runs/s --prompt a --seed 18446744073709551616", 2, "spec", "--seed"),
-        ("train s.yaml --name t --set data.train=nowhere.jsonl", 3, "data", "nowhere.jsonl"),
-        ("train s.yaml --name t --set data.train=empty.jsonl", 3, "data", "no token to learn from"),
-        ("train s.yaml --name t --set data.train=long.jsonl", 3, "data", "longer than data.max_length 512"),
-        ("train s.yaml --name t --set data.format=alpaca", 3, "data", "format `alpaca` needs columns"),
-        ("eval runs/s --data nowhere.csv", 3, "data", "nowhere.csv"),
-        ("infer runs/s --input s.yaml", 3, "data", "s.yaml"),
-        ("infer runs/s --field question=a", 3, "data", "no column `prompt`"),
-        ("train s.yaml --name t --set model.name=./nowhere", 4, "model", "./nowhere: no such folder"),
-        ("train s.yaml --name t --set model.name=rows.jsonl", 4, "model", "this is a file"),
-        ("train s.yaml --name t --set intervention.layers=[16]", 4, "model", "layer 16 does not exist"),
-        ("train s.yaml --name t --set model.device=cuda:99", 4, "model", "cuda:99 does not exist"),
-        ("eval runs/s --device gpu", 4, "model", "`gpu` is not auto, cpu, mps, cuda or cuda:N"),
-        ("eval runs/ss", 4, "checkpoint", "runs/ss does not exist; did you mean runs/s?"),
-        ("eval runs/s --checkpoint 77", 4, "checkpoint", "no checkpoint `77`; there are last and the steps"),
-        ("train s.yaml --resume 77", 4, "checkpoint", "no checkpoint `77`"),
-        ("eval runs/s --fail-under exact_match=1.1", 7, "threshold", "exact_match is 0.0000, below 1.1"),
-    ],
-)
+@pytest.mark.parametrize(("words", "code", "kind", "said"), REFUSED)
 def test_what_is_asked_for_cannot_be(reft, here: Path, words: str, code: int, kind: str, said: str):
     done = reft(*words.split(), "--json", "-q")
     assert (done.code, done.error["code"], done.error["kind"]) == (code, code, kind)

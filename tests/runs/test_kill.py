@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import PROCESSES
 from reft_cli import runs
 from reft_cli.errors import SpecError
 from reft_cli.runfolder import RunFolder
@@ -34,8 +35,6 @@ SETS = (
 )
 STEPS = 20
 ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"}
-PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-PROCESSES.set_forkserver_preload(["reft_cli.runs"])  # a child then starts in a tenth of a second
 
 
 def child(spec: Path, run: Path, *, resume: str | None, fatal: int, slow: float, events: object = None) -> None:
