@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
@@ -69,6 +70,7 @@ from reft_cli.spec.load import LoadedSpec
 from reft_cli.spec.resolved import resolved_yaml
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.objectives import TASKS
+from reft_cli.training.budget import is_out_of_memory
 from reft_cli.training.loop import Hooks, Trainer, TrainSettings
 from reft_cli.training.observer import NullObserver, Observer
 from reft_cli.training.state import Progress, seed_everything
@@ -118,7 +120,7 @@ def train(
                 RunFolder(path).check(resume=resume is not None, overwrite=overwrite)
             work = _prepared(spec, RunFolder(path), observer)
         work.meet()
-        start = from_first(lambda: work.opened(loaded, resume=resume, overwrite=overwrite))
+        start, work.token_budget = from_first(lambda: work.opened(loaded, resume=resume, overwrite=overwrite))
         with _recorded(work.run, observer, spec), stop_signals() as signals:
             if is_first() and resume is not None:
                 rewind(work.run, start)
@@ -159,6 +161,7 @@ class _Work:
         self.observer = observer
         self.execution = execution
         self.devices: list[str] = []
+        self.token_budget = token_budget(model.device)
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
         )
@@ -195,16 +198,22 @@ class _Work:
             },
             **asdict(self.execution),
             "micro_batch": self.spec.train.micro_batch_size,
-            "token_budget": token_budget(self.model.device),
+            "token_budget": self.token_budget,
         }
 
-    def opened(self, loaded: LoadedSpec, *, resume: str | None, overwrite: bool) -> Start | None:
-        """Take the run folder, say in it what begins, and find where to go on; for the first process only."""
+    def opened(self, loaded: LoadedSpec, *, resume: str | None, overwrite: bool) -> tuple[Start | None, int]:
+        """Take the run folder, say in it what begins, and find where to go on; for the first process only.
+
+        Besides the start, the tokens of a pass: on the same devices as before, those that were found then.
+        """
         RunFolder.create(self.run.path, resume=resume is not None, overwrite=overwrite)
         start = self._starting_point(resume) if resume is not None else None
+        known = self.run.read() if resume is not None else {}
+        if known.get("devices") == self.devices and isinstance(found := known.get("token_budget"), int) and found > 0:
+            self.token_budget = found
         self.run.begin(command=sys.argv, facts=self.facts())  # first, so that a folder is never taken for no run
         self.run.write_spec(loaded.text, resolved=resolved_yaml(loaded))
-        return start
+        return start, self.token_budget
 
     def _starting_point(self, which: str) -> Start | None:
         """Where to go on, if the run may. Nothing is written; if it may not, the folder is let go of."""
@@ -244,10 +253,19 @@ class _Work:
         if spec.log:
             self.accelerator.init_trackers("reft", config={"run": self.run.path.name})
         with self.model:
+            self._fit(trainer)
             reason = trainer.run({"run": str(self.run.path)})
         if spec.log:
             self.accelerator.end_training()
         return self._finish(trainer.progress, reason)
+
+    def _fit(self, trainer: Trainer) -> None:
+        """Settle how many tokens a pass may have, and write it down for a resumed run."""
+        before = trainer.settings.token_budget
+        found = trainer.fit()
+        if found <= before // 2:
+            self.observer.on_message("info", f"{found:,} tokens a pass; {before:,} are too many for this device")
+        by_first(lambda: self.run.note({"token_budget": found}))
 
     def _settings(self) -> TrainSettings:
         train, checkpoint = self.spec.train, self.spec.checkpoint
@@ -262,7 +280,7 @@ class _Work:
             max_grad_norm=train.max_grad_norm,
             global_batch_size=train.global_batch_size,
             micro_batch_size=None if train.micro_batch_size == "auto" else train.micro_batch_size,
-            token_budget=token_budget(self.model.device),
+            token_budget=self.token_budget,
             layout=self.execution.layout,
             compiled=self.execution.compiled,
             recorded=self.execution.recorded,
@@ -375,7 +393,7 @@ def _recorded(run: RunFolder, observer: Observer, spec: Spec) -> Iterator[None]:
 
 def _advice(run: RunFolder, spec: Spec, error: BaseException) -> ReftError | None:
     """What to say instead of an error that is no fault of ours; None if it is one."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return _memory_advice(spec, error)
     if not isinstance(error, OSError):
         return None
@@ -386,14 +404,19 @@ def _advice(run: RunFolder, spec: Spec, error: BaseException) -> ReftError | Non
 
 
 def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
-    train, first = spec.train, str(error).split(". ")[0]
+    """What was full, and what to change, in the order of what it costs; after the probe, smaller passes are no help."""
+    train, text = spec.train, str(error)
+    probed = re.match(r"with one row of [\d,]+ tokens at a time", text)
+    needed = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", text)
+    first = f"CUDA out of memory {probed[0]}" if probed else text.split(". ")[0]
     ways = ["train.gradient_checkpointing: true"] if not train.gradient_checkpointing else []
-    if train.micro_batch_size != 1:
+    if not probed and train.micro_batch_size != 1:
         smaller = 1 if train.micro_batch_size == "auto" else max(1, train.micro_batch_size // 2)
         ways.insert(0, f"train.micro_batch_size: {smaller}")
     ways.append(f"data.max_length: {spec.data.max_length // 2}")
+    more = f"; {needed[1]} more were needed" if needed else ""
     return MemoryExhausted(
-        f"{first}.\n  Try, in order: {'; '.join(ways)}. They leave the result as it is but the last."
+        f"{first}{more}.\n  Try, in order: {'; '.join(ways)}. They leave the result as it is but the last."
     )
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from signal import Signals
 from typing import Literal
@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from reft_cli.data.batch import Layout
+from reft_cli.data.batch import Layout, build_batch
 from reft_cli.data.examples import Example, Examples
 from reft_cli.data.loader import GlobalBatch, Loader
 from reft_cli.errors import Diverged, Interrupted
@@ -27,6 +27,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.parallel.collective import add_up, together
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
+from reft_cli.training import budget
 from reft_cli.training.divergence import LOSS_WINDOW, fault_of
 from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
@@ -144,6 +145,38 @@ class Trainer:
         self.model.train()
         with self.running():
             return self._loop()
+
+    def fit(self) -> int:
+        """Find how many tokens a pass may have on this device, by trying; returns them. The hooks have to be on.
+
+        OutOfMemoryError: the longest row by itself is too much.
+        """
+        settings, device = self.settings, self.model.device
+        if device.type not in budget.PROBED or settings.micro_batch_size is not None:
+            return settings.token_budget
+        passes = PlainPasses(self.model, self.task, self.scaler)
+
+        def attempt(examples: Examples) -> None:
+            loader = self.loader
+            batch = build_batch(examples, groups=loader.groups, layout=loader.layout, pad_token_id=loader.pad_token_id)
+            self.model.bank.refresh()
+            passes(self.passes.prepare(batch), self.task.units(examples))
+            self.model.bank.backpropagate()
+
+        self.model.train()
+        with self.running(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            found = budget.fitting_budget(
+                settings.token_budget,
+                examples=self.loader.examples,
+                global_batch_size=settings.global_batch_size,
+                padded=settings.layout == "padded",
+                attempt=attempt,
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.bank.zero_grad()
+        self.settings = replace(settings, token_budget=found)
+        self.loader.token_budget = found
+        return found
 
     @contextmanager
     def running(self) -> Iterator[None]:
