@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from reft_cli.errors import CheckpointError
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
+from reft_cli.reading import read_bytes, read_json
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import GenerationSpec, Method
 from reft_cli.spec.task import ExtractionSpec, RuleName
@@ -35,7 +37,7 @@ from reft_cli.spec.task import ExtractionSpec, RuleName
 FORMAT: Literal[1] = 1
 TENSORS, MANIFEST = "interventions.safetensors", "reft.json"
 TRAINING_TENSORS, TRAINING_STATE = "training.safetensors", "training.json"
-LARGEST_JSON = 2**24  # bytes; a manifest has a few thousand, or twenty for each of very many labels
+STEP_NAME = re.compile(r"step_(\d{6,})")  # the name of a folder that a run keeps
 
 
 class _Part(BaseModel):
@@ -71,6 +73,13 @@ class InterventionIdentity(_Part):
     def _layers(cls, layers: list[int]) -> list[int]:
         parse_layers(layers)
         return layers
+
+    @field_validator("component")
+    @classmethod
+    def _component(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.]{1,200}", name):
+            raise ValueError("not a component")
+        return name
 
     @field_validator("positions")
     @classmethod
@@ -264,12 +273,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such checkpoint folder")
     manifest = _read_manifest(path / MANIFEST)
     file = path / TENSORS
-    data = _read(file)
+    data = read_bytes(file)
     if _digest(data) != manifest.sha256.tensors:
         raise CheckpointError(f"{file}: damaged: its contents are not those that {MANIFEST} was written for")
     tensors = _tensors(data, file)
     if describe_tensors(tensors) != manifest.tensors:
         raise CheckpointError(f"{file}: damaged: its tensors are not those that {MANIFEST} lists")
+    named = STEP_NAME.fullmatch(path.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{path}: was step {manifest.step} when it was written, and has another one's name")
     return Checkpoint(path, manifest, tensors)
 
 
@@ -279,7 +291,7 @@ def read_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict
     for needed in (state_file, file):
         if not needed.exists():
             raise CheckpointError(f"{checkpoint.path}: has no {needed.name}, so training cannot go on from it")
-    state, moments = _read_json(state_file), _read(file)
+    state, moments = read_json(state_file), read_bytes(file)
     if not isinstance(state, dict) or not isinstance(progress := state.get("progress"), dict):
         raise CheckpointError(f"{state_file}: damaged: not a training state")
     if state.get("sha256") != _training_digest(progress, moments, checkpoint.manifest):
@@ -290,24 +302,6 @@ def read_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict
     return _tensors(moments, file), progress
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
-
-
-def _read_json(file: Path) -> Any:  # noqa: ANN401  any JSON value
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{file}: damaged: larger than any that reft writes")
-        return json.loads(_read(file).decode())
-    except OSError as error:
-        raise CheckpointError(f"{file}: {(error.strerror or 'cannot be read').lower()}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged: not JSON") from error
-
-
 def _tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     try:
         return load(data)
@@ -316,7 +310,7 @@ def _tensors(data: bytes, file: Path) -> dict[str, Tensor]:
 
 
 def _read_manifest(file: Path) -> Manifest:
-    found = _read_json(file)
+    found = read_json(file)
     written = found.get("format") if isinstance(found, dict) else None
     if isinstance(written, int) and written > FORMAT:
         raise CheckpointError(f"{file}: format {written}; this version reads up to {FORMAT}: update reft")

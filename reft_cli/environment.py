@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from reft_cli import __version__
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+SECRET = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+SHORTEST_SECRET = 8  # characters; a shorter value is a switch, and would be blotted out of harmless words
 TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-)[A-Za-z0-9_-]{8,}")
 
 
@@ -43,6 +45,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line with access tokens blotted out, fit for a file."""
-    return [TOKEN.sub(r"\1***", word) for word in words]
+def blotted(text: str) -> str:
+    """A text without access tokens: those of a known form, and the values of environment variables named like one."""
+    values = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= SHORTEST_SECRET}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return TOKEN.sub(r"\1***", text)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import math
 import os
@@ -20,15 +20,32 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from reft_cli import modelcard
-from reft_cli.environment import git_state, versions, without_secrets
-from reft_cli.errors import CheckpointError, SpecError
+from reft_cli.environment import blotted, git_state, versions
+from reft_cli.errors import MACHINE_FAULTS, CheckpointError, SpecError
+from reft_cli.reading import LARGEST_LOG, Moment, check_kinds, parse_json, read_json, read_text, read_yaml
 
 Link = Literal["best", "last"]
 Status = Literal["running", "done", "failed", "interrupted"]
 FORMAT = 1  # of run.json; raised when old readers would misread
+RECORD = {  # kinds of what is read of run.json
+    "reft_run": int,
+    "status": str,
+    "exit_code": int | None,
+    "started": Moment | None,
+    "ended": Moment | None,
+    "attempts": list[dict[str, Any]],
+    "versions": dict[str, str | None],
+    "devices": list[str],
+    "base": dict,
+    "trainable": int,
+    "token_budget": int,
+    "data": dict[str, dict[str, Any]],
+}
+BASE = {"name": str, "commit": str | None, "parameters": int}
+SPLIT = {"name": str, "read": int, "used": int, "fingerprint": str}
+EVALUATION = {"metrics": dict[str, float | None], "base_metrics": dict[str, float | None]}
+SECTIONS = dict.fromkeys(("model", "intervention", "task", "data", "train"), dict)  # of a resolved spec
 CHECKPOINT_MARK = "reft.json"  # a folder with this file is a checkpoint
 VALIDATION = "validation_"  # what the keys of validation scores begin with in metrics.jsonl
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -60,6 +77,8 @@ class RunFolder:
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock()
         except OSError as error:
+            if error.errno in MACHINE_FAULTS - {errno.EROFS}:
+                raise
             raise SpecError(f"{run.path}: cannot write there: {(error.strerror or str(error)).lower()}") from error
         if overwrite and not resume:
             run._clear()
@@ -77,8 +96,8 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run lives here: there is a run.json that reft wrote."""
         try:
-            return "reft_run" in json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+            return "reft_run" in read_json(self.record)
+        except (CheckpointError, TypeError):
             return False
 
     def _in_the_way(self) -> str:
@@ -165,7 +184,7 @@ class RunFolder:
                 "status": "running",
                 "exit_code": None,
                 "reason": None,
-                "command": without_secrets([Path(command[0]).name, *command[1:]]),
+                "command": [Path(command[0]).name, *command[1:]],
                 "started": _now(),
                 "ended": None,
                 "versions": versions(),
@@ -187,20 +206,21 @@ class RunFolder:
 
     def read(self) -> dict[str, Any]:
         """run.json; CheckpointError if it is missing or damaged."""
-        try:
-            found = json.loads(self.record.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} is not a run (it has no run.json)") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.record} cannot be read: {error}") from None
+        if not self.record.exists():
+            raise CheckpointError(f"{self.path} is not a run (it has no run.json)")
+        found = read_json(self.record)
         if not isinstance(found, dict) or "reft_run" not in found:
             raise CheckpointError(f"{self.record} was not written by reft")
+        check_kinds(found, RECORD, where=str(self.record))
         if found["reft_run"] > FORMAT:
             raise CheckpointError(f"{self.record} is of a newer reft (format {found['reft_run']}); update reft")
+        for split in found.get("data", {}).values():
+            check_kinds(split, SPLIT, where=str(self.record))
+        check_kinds(found.get("base", {}), BASE, where=str(self.record))
         return found
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        write_atomic(self.record, json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(self.record, blotted(json.dumps(finite(record), indent=2, ensure_ascii=False)) + "\n")
 
     # ---- metrics.jsonl
 
@@ -213,8 +233,16 @@ class RunFolder:
         """All complete lines; a last one that a kill tore is left out."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = read_text(self.metrics, largest=LARGEST_LOG).split("\n")[:-1]
+        return [self._metrics_line(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _metrics_line(self, number: int, line: str) -> dict[str, Any]:
+        where = f"{self.metrics}:{number}"
+        found = parse_json(line, where=where)
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{where}: damaged: not an object; remove the line")
+        check_kinds(found, {"step": int}, where=where)
+        return found
 
     def truncate_metrics(self, *, after: int) -> None:
         """Forget the lines of steps beyond `after`, from which a resumed run goes on."""
@@ -246,13 +274,19 @@ class RunFolder:
         new.replace(self.path / name)
 
     def linked(self, name: Link) -> Path | None:
-        """The checkpoint that `best` or `last` points at; None if there is no such link or its checkpoint is gone."""
+        """The checkpoint that `best` or `last` points at; None if there is no such link or its checkpoint is gone.
+
+        CheckpointError: it points at something else.
+        """
         link = self.path / name
-        with contextlib.suppress(OSError):
-            target = os.readlink(link) if link.is_symlink() else link.read_text(encoding="utf-8").strip()
-            checkpoint = self.path / target
-            return checkpoint if (checkpoint / CHECKPOINT_MARK).is_file() else None
-        return None
+        if not link.is_symlink() and not link.exists():
+            return None
+        target = os.readlink(link) if link.is_symlink() else read_text(link).strip()
+        folder, _, step = target.rpartition("/")
+        if folder != "checkpoints" or not STEP_NAME.fullmatch(step):
+            raise CheckpointError(f"{link}: damaged: it does not lead to a checkpoint of this run; remove it")
+        checkpoint = self.path / "checkpoints" / step
+        return checkpoint if (checkpoint / CHECKPOINT_MARK).is_file() else None
 
     def select(self, which: str | None = None) -> Path:
         """The checkpoint called `best`, `last` or by its step; without a name the best, else the last.
@@ -293,7 +327,9 @@ class RunFolder:
             (path / CHECKPOINT_MARK).unlink()
         there = self.checkpoints()
         for path in (self.path / "checkpoints").glob("*"):
-            if path.is_dir() and path not in there:
+            if path.is_symlink() and path not in there:
+                path.unlink()
+            elif path.is_dir() and path not in there:
                 shutil.rmtree(path)
         return gone
 
@@ -308,7 +344,12 @@ class RunFolder:
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Name -> result of every evaluation that was kept."""
         files = sorted((self.path / "eval").glob("*.json"))
-        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        found = {file.stem: read_json(file) for file in files}
+        for file in files:
+            if not isinstance(found[file.stem], dict):
+                raise CheckpointError(f"{file}: damaged: not the result of an evaluation")
+            check_kinds(found[file.stem], EVALUATION, where=str(file))
+        return found
 
     def scores(self) -> tuple[int, dict[str, float]] | None:
         """(step, validation scores) of the checkpoint that `select()` takes; None if it was not validated."""
@@ -322,17 +363,25 @@ class RunFolder:
         }
         return (step_of(there), found) if there and found else None
 
+    def read_spec(self) -> dict[str, Any]:
+        """The spec with every key filled, as plain values; empty for a run that ended before it was written."""
+        if not self.resolved.exists():
+            return {}
+        spec = read_yaml(self.resolved)
+        check_kinds(spec, SECTIONS, where=str(self.resolved))
+        return spec
+
     def write_card(self) -> None:
         """Write README.md from what the folder holds."""
         card = modelcard.render(
             name=self.path.name if self.path.is_absolute() else str(self.path),
             record=self.read(),
-            spec=yaml.safe_load(self.resolved.read_text(encoding="utf-8")),
+            spec=self.read_spec(),
             validation=self.scores(),
             evaluations=self.evaluations(),
-            spec_text=self.spec.read_text(encoding="utf-8"),
+            spec_text=read_text(self.spec),
         )
-        write_atomic(self.card, card)
+        write_atomic(self.card, blotted(card))
 
 
 @dataclass(frozen=True)

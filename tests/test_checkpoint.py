@@ -288,7 +288,7 @@ def test_depth_has_a_limit_and_no_traceback(path: Path):
 
 def test_bytes_that_are_no_text(path: Path):
     (path / "reft.json").write_bytes(b'{"reft_version": "\xff\xfe"}')
-    assert refused(path) == "reft.json: damaged: not JSON"
+    assert refused(path) == "reft.json: damaged: not UTF-8 text"
 
 
 def put(*keys: str, value: object) -> Callable[[dict[str, Any]], None]:

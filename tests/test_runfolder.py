@@ -250,7 +250,7 @@ def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "cannot be read"), ("[]", "not written by reft"), ('{"reft_run": 99}', "newer reft")],
+    [("{", "damaged: not JSON"), ("[]", "not written by reft"), ('{"reft_run": 99}', "newer reft")],
 )
 def test_a_damaged_record_is_an_error_in_words(tmp_path, text, said):
     (tmp_path / "run.json").write_text(text)

@@ -20,7 +20,7 @@ import typer
 
 from reft_cli import __version__
 from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, tasks, train
-from reft_cli.environment import versions, without_secrets
+from reft_cli.environment import blotted, versions
 from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ProcessLost, ReftError
 from reft_cli.parallel import launch
 from reft_cli.parallel.world import is_ours, world
@@ -150,6 +150,6 @@ def _write_report(error: Exception, words: list[str]) -> Path:
     descriptor, name = tempfile.mkstemp(prefix=f"reft-error-{stamp}", suffix=".log", dir=logs)
     with open(descriptor, "w", encoding="utf-8") as file:
         made_with = ", ".join(f"{library} {version}" for library, version in versions().items())
-        file.write(f"{shlex.join(['reft', *without_secrets(words)])}\n{made_with}\n\n")
-        traceback.print_exception(error, file=file)
+        said = "".join(traceback.format_exception(error))
+        file.write(blotted(f"{shlex.join(['reft', *words])}\n{made_with}\n\n{said}"))
     return Path(name)

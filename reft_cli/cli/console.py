@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from reft_cli.environment import blotted
 from reft_cli.errors import ReftError, exit_code
 from reft_cli.parallel.world import is_ours
 
@@ -181,6 +182,6 @@ def fail_json(error: dict[str, Any]) -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line on stderr, whatever the flags."""
-    sys.stderr.write(text + "\n")
+    """Print a line on stderr, whatever the flags; no secret."""
+    sys.stderr.write(blotted(text) + "\n")
     sys.stderr.flush()

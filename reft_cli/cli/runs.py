@@ -59,7 +59,7 @@ def show_run(run: Run, as_json: options.AsJson = False) -> None:
     row = _row(folder)
     whole = row | {
         "record": folder.read(),
-        "spec": _spec(folder),
+        "spec": folder.read_spec(),
         "checkpoints": [path.name for path in folder.checkpoints()],
         "evaluations": folder.evaluations(),
     }
@@ -87,7 +87,7 @@ def compare_runs(
 ) -> None:
     """Show the keys of the spec and the scores in which two runs differ."""
     folders = _open(first), _open(second)
-    specs = _different(*(_flat(_spec(folder)) for folder in folders))
+    specs = _different(*(_flat(folder.read_spec()) for folder in folders))
     scores = _different(*(_all_scores(folder) for folder in folders))
     if as_json:
         console.result_json({"spec": specs, "scores": scores})
@@ -112,7 +112,7 @@ def _open(path: Path) -> RunFolder:
 
 def _row(run: RunFolder) -> dict[str, Any]:
     """What a line of `ls` tells."""
-    record, spec = run.read(), _spec(run)
+    record, spec = run.read(), run.read_spec()
     step, scores = run.scores() or (None, {})
     newest = run.checkpoints()[-1:]
     return {
@@ -125,19 +125,6 @@ def _row(run: RunFolder) -> dict[str, Any]:
         "seconds": _seconds(record.get("started"), record.get("ended")),
         "scores": scores,
     }
-
-
-def _spec(run: RunFolder) -> dict[str, Any]:
-    """The spec with every key filled; empty for a run that ended before it was written."""
-    import yaml
-
-    if not run.resolved.exists():
-        return {}
-    try:
-        spec = yaml.safe_load(run.resolved.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{run.resolved} is damaged: {str(error).splitlines()[0]}") from error
-    return spec if isinstance(spec, dict) else {}
 
 
 def _all_scores(run: RunFolder) -> dict[str, Any]:

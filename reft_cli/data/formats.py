@@ -5,6 +5,7 @@ Fields are the row's columns with those that the format knows under the format's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -142,7 +143,7 @@ def as_text(value: object) -> str | None:
         return value if value.isascii() or _is_unicode(value) else None
     if isinstance(value, bool):
         return "true" if value else "false"
-    return repr(value) if isinstance(value, int | float) else None
+    return repr(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def not_text(value: object) -> str:
@@ -151,6 +152,8 @@ def not_text(value: object) -> str:
         return "is null"
     if isinstance(value, str):
         return "holds half of a surrogate pair, which is no Unicode text"
+    if isinstance(value, float):
+        return f"is {value}; a missing value has no text"
     return f"holds a {type(value).__name__}, not text"
 
 

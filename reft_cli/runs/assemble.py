@@ -86,6 +86,11 @@ def build_from_checkpoint(base: BaseModel, checkpoint: Checkpoint) -> Intervened
             f"{checkpoint.path} was trained on {_named(manifest.base)}; {_other(found, manifest.base)}"
         )
     stored = manifest.intervention
+    rows = {
+        tensor.shape[-2] for name, tensor in checkpoint.tensors.items() if name.startswith("bank.") and tensor.ndim > 2
+    }
+    if rows - {stored.rank}:  # before memory is taken for a rank that no file holds
+        raise CheckpointError(f"{checkpoint.path}: its tensors are not of rank {stored.rank}")
     model = build_intervened(
         base,
         method=stored.method,

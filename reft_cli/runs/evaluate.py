@@ -21,10 +21,10 @@ from reft_cli.generation.decode import requests_of
 from reft_cli.parallel.collective import from_first, is_first, joined
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
+from reft_cli.runs.resuming import begun_with
 from reft_cli.runs.session import Session, open_run
 from reft_cli.runs.sources import names_a_split, rows_of
 from reft_cli.runs.texts import without_answers
-from reft_cli.spec.load import load_spec
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
 
 Base = Literal["none", "compare", "only"]
@@ -189,7 +189,7 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
     if data is None:
         if session.found.run is None:
             raise SpecError(f"{session.found.checkpoint} lies in no run folder, so its data are not known; give --data")
-        spec = load_spec(session.found.run.resolved).spec
+        spec = begun_with(session.found.run)
         if split == "validation" and isinstance(spec.data.validation, float):
             raise SpecError(f"data.validation of this run is a fraction ({spec.data.validation:g}); give --data")
         return rows_of(spec, split, limit=limit)

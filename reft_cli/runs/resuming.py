@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from reft_cli.checkpoint import Checkpoint, read_checkpoint, read_training_state
 from reft_cli.errors import CheckpointError, DataError, SpecError
 from reft_cli.runfolder import RunFolder
 from reft_cli.spec.load import load_spec
+from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import Spec
 from reft_cli.training.observer import Observer
 from reft_cli.training.state import Progress
@@ -45,7 +48,7 @@ def check_same_run(run: RunFolder, spec: Spec, fingerprints: Mapping[str, str], 
     """
     if not (run.resolved.exists() or run.checkpoints()):
         return  # killed before it had written its spec
-    begun = load_spec(run.resolved).spec
+    begun = begun_with(run)
     changed = list(differences(begun.model_dump(), spec.model_dump()))
     refused = [text for key, text in changed if not _is_free(key)]
     if refused:
@@ -62,6 +65,15 @@ def check_same_run(run: RunFolder, spec: Spec, fingerprints: Mapping[str, str], 
             raise DataError(
                 f"data.{split}: its rows have changed since {run.path} was begun; start a new run with --name"
             )
+
+
+def begun_with(run: RunFolder) -> Spec:
+    """The spec that a run was begun with. CheckpointError: its file is damaged."""
+    run.read_spec()  # refuses what is no plain file of ours
+    try:
+        return load_spec(run.resolved).spec
+    except SpecError as error:
+        raise CheckpointError(f"{run.resolved}: damaged: {error.problems[0].message}") from error
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,18 @@ def starting_point(run: RunFolder, which: str) -> Start | None:
     checkpoint = read_checkpoint(run.select(which))
     tensors, state = read_training_state(checkpoint)
     try:
-        return Start(checkpoint, tensors, Progress(**state))
-    except TypeError as error:
-        raise CheckpointError(f"{checkpoint.path}: its training state is of another version: {error}") from error
+        progress = TypeAdapter(Progress).validate_json(json.dumps(state), strict=True)
+    except ValidationError as error:
+        raise CheckpointError(_changed(checkpoint, ".".join(map(str, error.errors()[0]["loc"])))) from error
+    if unknown := state.keys() - vars(progress).keys():
+        raise CheckpointError(_changed(checkpoint, min(unknown)))
+    if progress.step != checkpoint.manifest.step or not progress.recent_losses:
+        raise CheckpointError(_changed(checkpoint, "step"))
+    return Start(checkpoint, tensors, progress)
+
+
+def _changed(checkpoint: Checkpoint, key: str) -> str:
+    return f"{checkpoint.path}: its training state is of another version, or was changed: {printable(key)}"
 
 
 def rewind(run: RunFolder, start: Start | None) -> None:

@@ -243,8 +243,10 @@ class Trainer:
         validate = self.hooks.validate is not None and self._due(self.settings.validate_every)
         save = self._due(self.settings.save_every)
         signal = self.hooks.signal()
-        if last or validate or save or signal or step % self.settings.log_every == 0:
+        report = last or validate or save or step % self.settings.log_every == 0
+        if report or signal:
             self._look_at_losses()
+        if report:
             self._report_step(norm, rate)
         best = validate and self._validate()
         if save or last or signal or best:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from reft_cli.parallel.collective import rank, size
 
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 STEP_STRIDE = 1_000_003  # a prime; dropout of neighbouring steps and ranks is not shared
 
 
@@ -57,10 +58,15 @@ def capture_state(optimizer: Optimizer, names: dict[int, str], device: torch.dev
 def restore_state(
     tensors: dict[str, Tensor], optimizer: Optimizer, parameters: dict[str, torch.nn.Parameter], device: torch.device
 ) -> None:
-    """Put captured moments and generator states back."""
+    """Put captured moments and generator states back. ValueError: they are not those of these parameters."""
     for name, parameter in parameters.items():
         prefix = f"optimizer.{name}."
         kinds = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        for kind, value in kinds.items():
+            if value.shape != (torch.Size() if kind == "step" else parameter.shape) or value.dtype != torch.float32:
+                raise ValueError(f"{prefix}{kind} is {list(value.shape)} of {value.dtype}, for {list(parameter.shape)}")
+        if kinds and kinds.keys() != MOMENTS:  # none before a first step that float16 did not skip
+            raise ValueError(f"{prefix}* are {sorted(kinds)}, not {sorted(MOMENTS)}")
         optimizer.state[parameter] = {
             kind: value.clone() if kind == "step" else value.to(parameter.device) for kind, value in kinds.items()
         }

@@ -127,4 +127,4 @@ def test_a_run_that_ended_before_its_spec_was_written(reft, tmp_path, monkeypatc
 def test_a_damaged_spec_is_an_error_in_words(reft, runs):
     (runs / "a" / "resolved.yaml").write_text("{")
     done = reft("runs", "show", "runs/a")
-    assert done.code == 4 and "resolved.yaml is damaged" in done.err
+    assert done.code == 4 and "resolved.yaml: damaged" in done.err

@@ -304,8 +304,11 @@ def test_regression_labels_are_numbers():
     encoded = encode(labelled(1, 2.5, "3.5"), kind="regression")
     assert [example.label for example in encoded.examples] == [1.0, 2.5, 3.5]
     assert encoded.classes is None
+    assert error_of(labelled(1.0, "nan"), kind="regression") == (
+        "train.jsonl:2: label 'nan' is not a finite number, as task.kind regression needs"
+    )
     assert error_of(labelled(1.0, float("nan")), kind="regression") == (
-        "train.jsonl:2: label nan is not a finite number, as task.kind regression needs"
+        "train.jsonl:2: column `label` is nan; a missing value has no text"
     )
 
 

@@ -1,23 +1,26 @@
-"""SIGKILL at random moments: the run can always be gone on with, and ends bit for bit like the uninterrupted one."""
+"""Kills, signals and full disks at random moments: the run goes on, and ends bit for bit like the uninterrupted one."""
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from processes import PROCESSES
-from reft_cli import runs
-from reft_cli.errors import SpecError
+from reft_cli import checkpoint, runs
+from reft_cli.errors import MACHINE_FAULTS, ReftError, SpecError, exit_code
 from reft_cli.runfolder import RunFolder
 from reft_cli.spec.load import load_spec
 from reft_cli.training.observer import NullObserver, StepRecord
@@ -34,29 +37,80 @@ SETS = (
     "evaluation.every=5",
 )
 STEPS = 20
+KINDS = ("kill", "half", "full", "short", "late", "term")
 ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"}
+GROWING = {"open", "os.mkdir", "os.symlink"}
 
 
-def child(spec: Path, run: Path, *, resume: str | None, fatal: int, slow: float, events: object = None) -> None:
-    """Train in a process of its own, and die before the `fatal`-th thing that it does on disk in the run's folder."""
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a process: `kind`, and when, counted in things done on disk, in saved files or in seconds.
+
+    kill: SIGKILL before a touch of the disk. half: SIGKILL when half of a checkpoint's file is written. full: from a
+    touch of the disk on, there is no room. short: files can be no longer than some kilobytes. late: SIGKILL at a time.
+    term: SIGTERM at a time.
+    """
+
+    kind: str = "none"
+    when: float = 0
+
+    @property
+    def ends(self) -> set[int]:
+        """Exit codes that it may end a process with; 0 where training was over before it happened."""
+        return {0, *{"term": {143, -signal.SIGTERM}, "full": {1}, "short": {1}}.get(self.kind, {-signal.SIGKILL})}
+
+
+def child(spec: Path, run: Path, *, resume: str | None, fault: Fault, slow: float, events: object = None) -> None:
+    """Train in a process of its own, to which something happens in the run's folder."""
     torch.set_num_threads(1)
     count = 0
 
     def on_event(name: str, arguments: tuple[object, ...]) -> None:
         nonlocal count
-        if name in ON_DISK and str(arguments[1 if name == "os.symlink" else 0]).startswith(str(run)):
+        path = str(arguments[1 if name == "os.symlink" else 0]) if name in ON_DISK else ""
+        if path.startswith(str(run)):
             count += 1
-            if count == fatal:
+            if fault.kind == "kill" and count == fault.when:
                 os.kill(os.getpid(), signal.SIGKILL)
+            writes = name != "open" or bool(int(arguments[2]) & (os.O_WRONLY | os.O_RDWR))
+            if fault.kind == "full" and count >= fault.when and name in GROWING and writes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     class Slow(NullObserver):
         def on_step(self, record: StepRecord) -> None:
             time.sleep(slow)
 
+    if fault.kind == "half":
+        checkpoint._write = halved(int(fault.when))
+    if fault.kind == "short":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.when), resource.RLIM_INFINITY))
     sys.addaudithook(on_event)
-    runs.train(load_spec(spec, overrides=SETS), output=run, resume=resume, observer=Slow())
+    try:
+        runs.train(load_spec(spec, overrides=SETS), output=run, resume=resume, observer=Slow())
+    except ReftError as error:
+        print(f"{fault}: {error}", file=sys.stderr, flush=True)
+        os._exit(exit_code(error))
+    except OSError as error:
+        os._exit(1 if error.errno in MACHINE_FAULTS else 99)
     if events is not None:
         events.send(count)
+
+
+def halved(call: int) -> Callable[[Path, bytes], None]:
+    """checkpoint._write that kills its process in the middle of a call."""
+    inner, left = checkpoint._write, [call]
+
+    def write(path: Path, data: bytes) -> None:
+        left[0] -= 1
+        inner(path, data[: len(data) // 2] if left[0] == 0 else data)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return write
+
+
+NONE = Fault()
 
 
 class Trial:
@@ -65,19 +119,31 @@ class Trial:
     def __init__(self, spec: Path, run: Path) -> None:
         self.spec, self.run = spec, run
 
-    def start(self, *, fatal: int = -1, slow: float = 0.0, events: object = None) -> multiprocessing.Process:
-        """A process that trains on, from wherever the one before was killed."""
-        given = {"resume": "last" if RunFolder(self.run).exists() else None, "fatal": fatal, "slow": slow}
+    def start(
+        self, fault: Fault = NONE, *, slow: float = 0.0, events: object = None
+    ) -> multiprocessing.process.BaseProcess:
+        """A process that trains on, from wherever the one before was stopped."""
+        given = {"resume": "last" if RunFolder(self.run).exists() else None, "fault": fault, "slow": slow}
         process = PROCESSES.Process(target=child, args=(self.spec, self.run), kwargs=given | {"events": events})
         process.start()
         return process
 
-    def finish(self, **given: object) -> bool:
-        """Let a process train on; False if it was killed. Nothing else may end it."""
-        process = self.start(**given)
+    def suffer(self, fault: Fault) -> bool:
+        """Let a process train on until something happens to it; False if training was over before."""
+        timed = fault.kind in ("late", "term")
+        process = self.start(fault, slow=0.02 if timed else 0.0)
+        if timed:
+            time.sleep(fault.when)
+            os.kill(process.pid, signal.SIGKILL if fault.kind == "late" else signal.SIGTERM)
         process.join(60)
-        assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-        return process.exitcode == 0
+        assert process.exitcode in fault.ends, (fault, process.exitcode)
+        return process.exitcode != 0
+
+    def finish(self, events: object = None) -> None:
+        """Let a process train to the end."""
+        process = self.start(events=events)
+        process.join(60)
+        assert process.exitcode == 0, process.exitcode
 
     def end(self) -> dict[str, object]:
         """What must be the same however often it was killed."""
@@ -107,33 +173,48 @@ def whole(spec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
     """The end of the uninterrupted run, and how often it touched the disk."""
     receiving, sending = PROCESSES.Pipe(duplex=False)
     made = Trial(spec_file, tmp_path_factory.mktemp("whole") / "run")
-    assert made.finish(events=sending)
+    made.finish(events=sending)
     end = made.end()
     assert end["record"]["step"] == STEPS and end["last"] == f"checkpoints/step_{STEPS:06d}"
     return end, receiving.recv()
 
 
-def test_ten_kills_on_disk_change_nothing(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int]):
-    (end, events), draw = whole, random.Random(0)
-    assert events > 150
-    kills = done = 0
-    while kills < 10:
-        current = trial(str(done))
-        while not current.finish(fatal=draw.randrange(1, events // 2) if kills < 10 else -1):
-            kills += 1
+def drawn(kind: str, draw: random.Random, events: int) -> Fault:
+    """A fault of a kind, at some moment of a run that touches the disk so often."""
+    when = {
+        "kill": lambda: draw.randrange(1, events // 2),
+        "full": lambda: draw.randrange(1, events // 2),
+        "half": lambda: draw.randrange(1, 20),
+        "short": lambda: draw.choice((0, 1500, 6000)),
+        "late": lambda: draw.uniform(0.05, 0.6),
+        "term": lambda: draw.uniform(0.05, 0.6),
+    }
+    return Fault(kind, when[kind]())
+
+
+def endure(make: Callable[[str], Trial], whole: tuple[dict[str, object], int], *, faults: int, seed: int) -> None:
+    """Runs that suffer some faults each, until there were so many; all end alike."""
+    (end, events), draw = whole, random.Random(seed)
+    kinds, suffered, done = [], 0, 0
+    while suffered < faults:
+        current = make(str(done))
+        for _ in range(draw.randint(1, 6)):
+            kinds = kinds or draw.sample(KINDS, len(KINDS))
+            suffered += current.suffer(drawn(kinds.pop(), draw, events))
+        current.finish()
         assert current.end() == end
         done += 1
 
 
-def test_kills_at_any_time_change_nothing(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int]):
-    end, draw, current = whole[0], random.Random(1), trial("0")
-    for _ in range(5):
-        process = current.start(slow=0.02)
-        time.sleep(draw.uniform(0.05, 0.5))
-        process.kill()
-        process.join(60)
-    assert current.finish()
-    assert current.end() == end
+def test_twelve_faults_change_nothing(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int]):
+    assert whole[1] > 150
+    endure(trial, whole, faults=12, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_fifty_faults_change_nothing(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int], seed: int):
+    endure(trial, whole, faults=50, seed=seed)
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(
@@ -153,15 +234,18 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
     assert process.is_alive()
     process.kill()
     process.join(60)
-    assert current.finish()
+    current.finish()
     assert current.end() == whole[0]
 
 
 @pytest.mark.slow
-def test_a_kill_at_every_touch_of_the_disk(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int]):
+@pytest.mark.parametrize("kind", ["kill", "full"])
+def test_a_fault_at_every_touch_of_the_disk(
+    trial: Callable[[str], Trial], whole: tuple[dict[str, object], int], kind: str
+):
     end, events = whole
     for fatal in range(1, events + 1):
         current = trial(str(fatal))
-        assert not current.finish(fatal=fatal)
-        assert current.finish()
+        assert current.suffer(Fault(kind, fatal))
+        current.finish()
         assert current.end() == end
