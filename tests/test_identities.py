@@ -16,7 +16,7 @@
  8. Saved and loaded, the logits are the same bits: here, every method and component;
     whole runs: test_every_method_trains_and_reloads_to_the_same_answers.
  9. N + M steps = N steps, save, load, M steps: test_resumed_training_is_bitwise,
-    test_interrupted_and_resumed_is_bitwise_the_whole, test_ten_kills_on_disk_change_nothing.
+    test_interrupted_and_resumed_is_bitwise_the_whole, test_twelve_faults_change_nothing.
 11. Positions: test_positions (pyreft's, where it edits each token once), test_positions_are_inside_and_never_twice;
     `l1` in every format here.
 12. Published parameter counts: test_published_counts; of whole models here.

@@ -71,6 +71,10 @@ class Loader:
         )
         return GlobalBatch(indices, chosen, [self._pass(mine[part]) for part in parts], budget)
 
+    def one(self, index: int) -> Batch:
+        """One example as a pass."""
+        return self._pass(self.examples.take([index]))
+
     def _pass(self, examples: Examples) -> Batch:
         batch = build_batch(examples, groups=self.groups, layout=self.layout, pad_token_id=self.pad_token_id)
         if self.prepare is not None:

@@ -18,7 +18,7 @@ from reft_cli.evaluation.metrics import FROM_LOSS, by_source, score_classes, sco
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.models.intervened import IntervenedModel
-from reft_cli.parallel.collective import share, size, spread, together, total
+from reft_cli.parallel.collective import separately, share, size, spread, together, total
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import HEADS, TASKS, predict
 
@@ -81,9 +81,10 @@ class Evaluator:
         check_fits(examples, model.base_model, name="row", new_tokens=self.new_tokens)
         examples = list(examples)  # columns would make each anew, and what is found of one is kept by its identity
         tell = on_progress or (lambda done, total: None)
-        if self.kind == "causal_lm":
-            return self._causal(model, examples, prompts, edited, answers, tell)
-        return self._head(model, examples, edited, tell)
+        with separately(model.is_sharded):  # its parts are gathered in step, so everyone scores every row
+            if self.kind == "causal_lm":
+                return self._causal(model, examples, prompts, edited, answers, tell)
+            return self._head(model, examples, edited, tell)
 
     def _causal(
         self,

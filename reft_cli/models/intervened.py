@@ -25,6 +25,7 @@ from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hi
 from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
 from reft_cli.models.frozen import FrozenBlocks
+from reft_cli.models.sharding import is_sharded
 from reft_cli.models.sites import Site
 from reft_cli.models.unembedding import linear_head
 
@@ -234,6 +235,11 @@ class IntervenedModel(nn.Module):
     def block_count(self) -> int:
         """Blocks of the base model."""
         return len(self._blocks.modules)
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether the base's blocks are spread over processes, which then have to run it in step."""
+        return is_sharded(self.base_model)
 
     @property
     def device(self) -> torch.device:

@@ -29,6 +29,7 @@ from transformers import (
 from reft_cli import bundled
 from reft_cli.errors import ModelError
 from reft_cli.models.float8 import to_float8, why_no_float8
+from reft_cli.models.sharding import shard_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -46,6 +47,8 @@ class BaseSource:
     attention: str = "auto"
     dropout: bool = False
     trust_remote_code: bool = False
+    shard: bool = False
+    """Spread the blocks over the run's processes."""
 
     @property
     def location(self) -> str:
@@ -162,13 +165,17 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
                 dtype=pick_dtype(source.dtype, device),
                 attn_implementation=None if source.attention == "auto" else source.attention,
                 trust_remote_code=source.trust_remote_code,
+                device_map=None if source.shard or device.type != "cuda" else {"": device},
             )
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         raise ModelError(_explain(source, error)) from error
     model.requires_grad_(False)
-    model.eval().to(device)
+    model.eval()
+    if source.shard:
+        shard_blocks(model, device)
+    model.to(device)
     if source.quantization == "float8":
         reason = why_no_float8(device)
         if reason is not None:

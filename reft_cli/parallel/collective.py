@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from reft_cli.parallel.world import RENDEZVOUS, World, world
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PATIENCE = timedelta(minutes=30)  # for the slowest process: the first one may be downloading, or scoring for others
+_separate: ContextVar[bool] = ContextVar("separate", default=False)
 SHARED_FAILURES = (ReftError, torch.OutOfMemoryError, OSError)  # those that `together` passes on
 
 
@@ -84,12 +86,22 @@ def _losses(message: str = "another process of this run ended") -> Iterator[None
 
 def rank() -> int:
     """The number of this process; 0 is the one that writes and speaks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _separate.get() else 0
 
 
 def size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _separate.get() else 1
+
+
+@contextmanager
+def separately(wanted: bool = True) -> Iterator[None]:
+    """Inside, this process is the only one as far as this file goes; all do the same, in step."""
+    before = _separate.set(wanted)
+    try:
+        yield
+    finally:
+        _separate.reset(before)
 
 
 def is_first() -> bool:

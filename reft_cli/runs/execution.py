@@ -50,7 +50,9 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     layout, layout_reason = _choose_layout(model, spec)
     compiled, compile_reason = _choose_compiling(model, spec, operations)
     recorded, record_reason = False, None
-    if spec.train.cuda_graphs == "auto":
+    if spec.parallel.shard:
+        record_reason = "parallel.shard gathers blocks as they are needed"
+    elif spec.train.cuda_graphs == "auto":
         record_reason = why_not_recorded(
             model,
             packed=layout == "packed",
@@ -78,7 +80,7 @@ def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> 
     wanted = spec.train.compile
     if wanted == "off":
         return False, None
-    reason = _why_not_compiled(model.device)
+    reason = "the base is sharded" if spec.parallel.shard else _why_not_compiled(model.device)
     if reason is not None and wanted == "on":
         raise ModelError(f"train.compile: on is not possible: {reason}; write auto or off")
     if wanted == "on" or reason is not None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -136,7 +136,8 @@ def _prepared(spec: Spec, run: RunFolder, observer: Observer) -> _Work:
     _set_determinism(spec.train.deterministic)
     tokenizer = load_tokenizer(base_source(spec.model))
     data = load_training_data(spec, tokenizer, tell=partial(observer.on_message, "debug"))
-    base = load_base(base_source(spec.model), data.text, seed=spec.train.seed)
+    source = replace(base_source(spec.model), shard=spec.parallel.shard)
+    base = load_base(source, data.text, seed=spec.train.seed)
     check_lengths(base, data, spec)
     model = build_from_spec(base, spec)
     execution = choose_execution(model, spec, data.train.examples)

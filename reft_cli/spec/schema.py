@@ -262,6 +262,9 @@ class ParallelSpec(Section):
 
     processes: Literal["auto"] | PositiveInt = "auto"
     """Processes on this machine, one a GPU; auto: as many as there are GPUs. On a CPU more than one are slower."""
+    shard: bool = False
+    """Each process holds a part of every block of the base and gathers a block while it runs (FSDP2), for models that
+    do not fit one GPU. Slower than whole ones."""
 
 
 class Spec(Section):
@@ -339,6 +342,12 @@ class Spec(Section):
         for key in self._of_answers():
             if self.task.kind != "causal_lm":
                 raise Conflict(f"no answer is written with task.kind {self.task.kind}; remove it", key, "task.kind")
+        if self.parallel.shard and self.model.quantization is not None:
+            raise Conflict(
+                f"a base in {self.model.quantization} cannot be sharded; leave out one of them",
+                "parallel.shard",
+                "model.quantization",
+            )
         if self.intervention.positions == "generated" and self.task.kind != "causal_lm":
             raise Conflict(
                 f"nothing is generated with task.kind {self.task.kind}; write f7+l7, prompt or all",

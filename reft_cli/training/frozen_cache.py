@@ -65,7 +65,7 @@ class CachedPasses:
         """See Passes."""
         return self.passes.prepare(batch)
 
-    def __call__(self, batch: Batch, units: int) -> Tensor:
+    def __call__(self, batch: Batch, units: float) -> Tensor:
         """See Passes."""
         places = batch.places % len(self._known)
         there = places.to(self._kept.device, non_blocking=True)

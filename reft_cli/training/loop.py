@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from reft_cli.data.batch import Layout, build_batch
+from reft_cli.data.batch import Batch, Layout, build_batch
 from reft_cli.data.examples import Example, Examples
 from reft_cli.data.loader import GlobalBatch, Loader
 from reft_cli.errors import Diverged, Interrupted
 from reft_cli.models.intervened import IntervenedModel
-from reft_cli.parallel.collective import add_up, together
+from reft_cli.parallel.collective import add_up, largest, together
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
 from reft_cli.training import budget
@@ -214,9 +214,10 @@ class Trainer:
         total = torch.zeros((), device=device)
         self.model.bank.refresh()
         seed_step(settings.seed, self.progress.step)
+        passes = self._in_step(batch, units)
         with together():
-            for each in batch.passes:
-                total += self.passes(each, units)
+            for each, share in passes:
+                total += self.passes(each, share)
         self.progress.tokens += int(batch.examples.lengths.sum())
         self.model.bank.backpropagate()
         add_up([*all_gradients(self.model), total])
@@ -236,6 +237,18 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, rate
+
+    def _in_step(self, batch: GlobalBatch, units: int) -> list[tuple[Batch, float]]:
+        """The passes, and what each loss is divided by.
+
+        A sharded base is gathered by all processes at once, so each makes as many passes as any; those made for the
+        others' sake count for nothing.
+        """
+        passes: list[tuple[Batch, float]] = [(each, units) for each in batch.passes]
+        if not self.model.is_sharded:
+            return passes
+        missing = largest(len(passes)) - len(passes)
+        return passes + [(self.loader.one(batch.indices[0]), math.inf)] * missing
 
     def _end_of_step(self, norm: Tensor, rate: float) -> bool:
         """Log, validate, save and watch, as far as each is due. True: patience has run out."""

@@ -32,7 +32,7 @@ class Passes(Protocol):
         """The batch as it is to be called with; on the host, in any thread."""
         ...
 
-    def __call__(self, batch: Batch, units: int) -> Tensor:
+    def __call__(self, batch: Batch, units: float) -> Tensor:
         """Add the gradients of loss / units to what is there; returns loss / units, detached, on the device."""
         ...
 
@@ -47,7 +47,7 @@ class PlainPasses:
         """The batch as it is."""
         return batch
 
-    def __call__(self, batch: Batch, units: int) -> Tensor:
+    def __call__(self, batch: Batch, units: float) -> Tensor:
         """See Passes."""
         there = batch.to(self.model.device)
         with self.model.editing(there.rows), self.model.above(there.frozen):
@@ -92,7 +92,7 @@ class RecordedPasses:
         """The batch filled up, unless it is too long to be recorded."""
         return batch if self._is_long(batch) else fill(batch, pad_token_id=self.pad_token_id)
 
-    def __call__(self, batch: Batch, units: int) -> Tensor:
+    def __call__(self, batch: Batch, units: float) -> Tensor:
         """See Passes."""
         if self.refused or self._is_long(batch):
             return self._plain(batch, units)
@@ -118,7 +118,7 @@ class RecordedPasses:
         ids = batch.inputs["input_ids"]
         return isinstance(ids, Tensor) and ids.numel() > self._longest
 
-    def _first(self, batch: Batch, units: int) -> Tensor:
+    def _first(self, batch: Batch, units: float) -> Tensor:
         """As it comes, on the stream and in the memory of the recordings, which lies idle meanwhile."""
         now = torch.cuda.current_stream()
         self._stream.wait_stream(now)
@@ -156,7 +156,7 @@ class _Recording:
                 if slope is not None and leaf.grad is not None:
                     leaf.grad += slope
 
-    def replay(self, batch: Batch, units: int) -> Tensor:
+    def replay(self, batch: Batch, units: float) -> Tensor:
         """Run the graph over another batch of the size."""
         for there, new in zip(_tensors(self.batch), _tensors(batch), strict=True):
             there.copy_(new, non_blocking=True)

@@ -134,7 +134,7 @@ class Trial:
         process = self.start(fault, slow=0.02 if timed else 0.0)
         if timed:
             time.sleep(fault.when)
-            os.kill(process.pid, signal.SIGKILL if fault.kind == "late" else signal.SIGTERM)
+            process.kill() if fault.kind == "late" else process.terminate()
         process.join(60)
         assert process.exitcode in fault.ends, (fault, process.exitcode)
         return process.exitcode != 0
