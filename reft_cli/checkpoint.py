@@ -51,7 +51,7 @@ class BaseIdentity(_Part):
     commit: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     """As the spec had it."""
-    quantization: Literal["float8"] | None = None
+    quantization: Literal["float8", "nf4", "int8"] | None = None
     shape_hash: str
     layers: int = Field(ge=1)
     hidden_size: int = Field(ge=1)

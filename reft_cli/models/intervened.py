@@ -25,6 +25,7 @@ from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hi
 from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
 from reft_cli.models.frozen import FrozenBlocks
+from reft_cli.models.low_bit import true_count
 from reft_cli.models.sharding import is_sharded
 from reft_cli.models.sites import Site
 from reft_cli.models.unembedding import linear_head
@@ -215,7 +216,7 @@ class IntervenedModel(nn.Module):
 
     def base_count(self) -> int:
         """Parameters of the base model."""
-        return sum(p.numel() for p in self.base_model.parameters())
+        return sum(true_count(p) for p in self.base_model.parameters())
 
     def blocks_above_edits(self) -> int:
         """Blocks from the lowest edited one up: those that have a backward pass."""

@@ -29,6 +29,7 @@ from transformers import (
 from reft_cli import bundled
 from reft_cli.errors import ModelError
 from reft_cli.models.float8 import to_float8, why_no_float8
+from reft_cli.models.low_bit import KINDS, quantization_config, true_shape
 from reft_cli.models.sharding import shard_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -165,7 +166,7 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
                 dtype=pick_dtype(source.dtype, device),
                 attn_implementation=None if source.attention == "auto" else source.attention,
                 trust_remote_code=source.trust_remote_code,
-                device_map=None if source.shard or device.type != "cuda" else {"": device},
+                **_placement(source, auto, config, device),
             )
     except torch.OutOfMemoryError:
         raise
@@ -175,7 +176,8 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
     model.eval()
     if source.shard:
         shard_blocks(model, device)
-    model.to(device)
+    if source.quantization not in KINDS:
+        model.to(device)
     if source.quantization == "float8":
         reason = why_no_float8(device)
         if reason is not None:
@@ -185,9 +187,18 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
     return BaseModel(model, source.name, commit, shape_hash(model), source.dtype, source.quantization)
 
 
+def _placement(source: BaseSource, auto: type, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Weights go straight from the file to the device, quantised on the way; to shard them, the CPU comes first."""
+    if source.quantization in KINDS:
+        dtype = pick_dtype(source.dtype, device)
+        quantised = quantization_config(source.quantization, auto=auto, config=config, dtype=dtype)
+        return {"quantization_config": quantised, "device_map": {"": device}}
+    return {} if source.shard or device.type != "cuda" else {"device_map": {"": device}}
+
+
 def shape_hash(model: PreTrainedModel) -> str:
     """Names and shapes of the transformer's parameters, without the head: equal only for models that fit each other."""
-    lines = sorted(f"{name} {list(p.shape)}" for name, p in model.base_model.named_parameters())
+    lines = sorted(f"{name} {list(true_shape(p))}" for name, p in model.base_model.named_parameters())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

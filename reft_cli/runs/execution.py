@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import ModelError
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed
+from reft_cli.parallel.collective import size
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.objectives import TASKS
@@ -103,7 +103,7 @@ def _choose_caching(
         tokens=len(Examples.of(examples).tokens),
         packed=packed,
         repeated=repeated,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=size(),
         dropout=spec.model.dropout,
     )
     if reason is not None and wanted == "on":

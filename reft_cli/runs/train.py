@@ -414,11 +414,11 @@ def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
     if not probed and train.micro_batch_size != 1:
         smaller = 1 if train.micro_batch_size == "auto" else max(1, train.micro_batch_size // 2)
         ways.insert(0, f"train.micro_batch_size: {smaller}")
-    ways.append(f"data.max_length: {spec.data.max_length // 2}")
+    changing = ["model.quantization: nf4"] if spec.model.quantization is None and not spec.parallel.shard else []
+    changing.append(f"data.max_length: {spec.data.max_length // 2}")
+    last = "last two change" if len(changing) == 2 else "last changes"
     more = f"; {needed[1]} more were needed" if needed else ""
-    return MemoryExhausted(
-        f"{first}{more}.\n  Try, in order: {'; '.join(ways)}. They leave the result as it is but the last."
-    )
+    return MemoryExhausted(f"{first}{more}.\n  Try, in order: {'; '.join(ways + changing)}. The {last} the result.")
 
 
 @dataclass

@@ -42,9 +42,9 @@ class ModelSpec(Section):
     Interventions are always float32."""
     device: Device = "auto"
     """auto, cpu, mps, cuda or cuda:N."""
-    quantization: Literal["float8"] | None = None
+    quantization: Literal["float8", "nf4", "int8"] | None = None
     """float8: the blocks' linear layers in one byte a weight, multiplied at twice the rate of bfloat16 on GPUs from Ada
-    and Hopper on; costs some accuracy."""
+    and Hopper on; costs some accuracy. nf4, int8: 4 or 8 bits a weight through bitsandbytes; saves memory, not time."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation of transformers."""
     dropout: bool = False
