@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reft_cli.data.report import DataReport, Token
     from reft_cli.runs import CheckReport
     from reft_cli.runs.check import ModelReport, SuiteReport
+    from reft_cli.runs.estimate import Estimate
     from reft_cli.runs.execution import Execution
 
 ESCAPES = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})
@@ -27,6 +28,7 @@ def check(
     sets: options.Sets = [],  # noqa: B006  Typer reads the default and never hands it out
     rows: Annotated[int, typer.Option("--rows", help="Training rows to show token by token.", min=0)] = 1,
     no_model: Annotated[bool, typer.Option("--no-model", help="Load the tokenizer only, not the weights.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Show where the memory goes.")] = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -41,17 +43,17 @@ def check(
     if as_json:
         console.result_json(report.to_dict() | {"warnings": report.warnings})
         return
-    _print(report)
+    _print(report, memory=memory)
     for warning in report.warnings:
         console.warn(warning)
 
 
-def _print(report: CheckReport) -> None:
+def _print(report: CheckReport, *, memory: bool) -> None:
     facts = [["spec", f"{report.spec}: ok"]]
     if report.suite:
         facts += _suite_facts(report.suite)
     if report.model:
-        facts += _model_facts(report.model)
+        facts += _model_facts(report.model, memory=memory)
     each = f"{report.steps_per_epoch:,} an epoch"
     facts.append(["steps", f"{report.steps:,} ({each})"])
     console.result_table(["", ""], facts)
@@ -73,9 +75,9 @@ def _suite_facts(suite: SuiteReport) -> list[list[str]]:
     return facts + [["note", note] for note in suite.notes]
 
 
-def _model_facts(model: ModelReport) -> list[list[str]]:
+def _model_facts(model: ModelReport, *, memory: bool) -> list[list[str]]:
     estimate = model.estimate
-    memory = progress.gibibytes(estimate.memory_bytes)
+    peak = progress.gibibytes(estimate.memory_bytes)
     work = f"{progress.thousands(estimate.tokens)} tokens, {estimate.operations:.1e} operations"
     if estimate.seconds is not None:
         work += f", about {progress.duration(estimate.seconds)} here"
@@ -84,9 +86,23 @@ def _model_facts(model: ModelReport) -> list[list[str]]:
         ["model", f"{model.name}: {model.base_parameters:,} parameters, {model.dtype} on {model.device}"],
         ["trainable", f"{model.trainable_parameters:,} ({model.percent:.3g} %) = {model.arithmetic}"],
         *_execution_facts(model.execution),
-        ["memory", f"about {memory} {measured}"],
+        ["memory", f"about {peak} {measured}"],
+        *(_memory_facts(estimate) if memory else []),
         ["work", work],
     ]
+
+
+def _memory_facts(estimate: Estimate) -> list[list[str]]:
+    """The parts of a prediction, and what a pass came to where it was measured."""
+    parts = {
+        "weights": estimate.weights_bytes,
+        f"a pass of {estimate.pass_tokens:,} tokens": estimate.activation_bytes,
+        "trained, gradients and moments": estimate.trainable_bytes,
+        "predicted": estimate.predicted_bytes,
+        "measured": estimate.measured_bytes,
+    }
+    shown = [f"{name} {progress.gibibytes(size)}" for name, size in parts.items() if size is not None]
+    return [["  of it", "; ".join(shown)]]
 
 
 def _execution_facts(chosen: Execution) -> list[list[str]]:

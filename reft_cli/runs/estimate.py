@@ -10,13 +10,12 @@ import torch
 
 from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
 from reft_cli.data.examples import Example, Examples
-from reft_cli.models.blocks import hidden_size
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
+from reft_cli.runs.memory import memory_parts_of
 from reft_cli.tasks.objectives import Task
+from reft_cli.training.budget import is_out_of_memory
 
-# Values of hidden size that a block keeps a token for its backward pass: attention 11, MLP 19, norms 4.
-KEPT_PER_LAYER = 34
 QUICK = 2e12  # operations of a pass that may be tried on a CPU: some tens of seconds
 
 
@@ -27,6 +26,8 @@ class Estimate:
     weights_bytes: int
     activation_bytes: int
     trainable_bytes: int
+    pass_tokens: int
+    """Tokens of the heaviest micro-batch, for which the bytes are."""
     operations: float
     tokens: int
     seconds: float | None
@@ -37,7 +38,12 @@ class Estimate:
     @property
     def memory_bytes(self) -> int:
         """The peak: measured, else what the parts add up to."""
-        return self.measured_bytes or self.weights_bytes + self.activation_bytes + self.trainable_bytes
+        return self.measured_bytes or self.predicted_bytes
+
+    @property
+    def predicted_bytes(self) -> int:
+        """What the parts add up to."""
+        return self.weights_bytes + self.activation_bytes + self.trainable_bytes
 
 
 def estimate(
@@ -63,15 +69,22 @@ def estimate(
     tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
     seen = tokens_of(columns, global_batch_size=global_batch_size, steps=steps)
     for_each_token = model.operations_a_token()
+    parts = memory_parts_of(model, task, examples=columns, groups=groups, layout=layout, checkpointing=checkpointing)
     seconds = measured = None
     if model.device.type != "cpu" or for_each_token * tokens < QUICK:
         model.checkpoint_activations(checkpointing)
-        seconds, measured = _try_pass(model, task, batch.to(model.device), packed=layout == "packed")
-        seconds *= seen / tokens
+        try:
+            seconds, measured = _try_pass(model, task, batch.to(model.device), packed=layout == "packed")
+            seconds *= seen / tokens
+        except RuntimeError as error:  # a run would find smaller passes
+            if not is_out_of_memory(error):
+                raise
+        model.checkpoint_activations(False)
     return Estimate(
-        weights_bytes=sum(p.numel() * p.element_size() for p in model.base_model.parameters()),
-        activation_bytes=_activation_bytes(model, tokens, len(batch.targets), checkpointing),
-        trainable_bytes=4 * torch.float32.itemsize * model.trainable_count(),
+        weights_bytes=parts.weights,
+        activation_bytes=parts.working(tokens, len(batch.targets)),
+        trainable_bytes=parts.trained,
+        pass_tokens=tokens,
         operations=for_each_token * seen,
         tokens=seen,
         seconds=seconds,
@@ -83,15 +96,6 @@ def tokens_of(examples: Sequence[Example], *, global_batch_size: int, steps: int
     """Tokens of a whole run."""
     mean = float(Examples.of(examples).lengths.mean())
     return round(mean * min(global_batch_size, len(examples)) * steps)
-
-
-def _activation_bytes(model: IntervenedModel, tokens: int, answers: int, checkpointing: bool) -> int:
-    edited = model.blocks_above_edits()
-    size = next(model.base_model.parameters()).element_size()
-    kept = 2 * edited + KEPT_PER_LAYER if checkpointing else KEPT_PER_LAYER * edited
-    vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
-    logits = answers * vocabulary * (size + 2 * torch.float32.itemsize)
-    return tokens * hidden_size(model.base_model) * kept * size + logits
 
 
 def _try_pass(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool) -> tuple[float, int | None]:

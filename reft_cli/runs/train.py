@@ -6,15 +6,11 @@ import contextlib
 import importlib.util
 import os
 import re
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -44,7 +40,6 @@ from reft_cli.parallel.collective import (
     gathered,
     is_first,
     joined,
-    largest,
     size,
     together,
 )
@@ -64,7 +59,9 @@ from reft_cli.runs.assemble import (
     token_budget,
 )
 from reft_cli.runs.execution import Execution, choose_execution
+from reft_cli.runs.memory import first_budget, memory_parts_of
 from reft_cli.runs.resuming import Start, check_same_run, rewind, starting_point
+from reft_cli.runs.signals import StopSignals, stop_signals
 from reft_cli.runs.texts import TrainingData, load_training_data, without_answers
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.spec.resolved import resolved_yaml
@@ -75,7 +72,6 @@ from reft_cli.training.loop import Hooks, Trainer, TrainSettings
 from reft_cli.training.observer import NullObserver, Observer
 from reft_cli.training.state import Progress, seed_everything
 
-SAVE = getattr(signal, "SIGUSR1", None)
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
@@ -228,6 +224,7 @@ class _Work:
     def train(self, start: Start | None, *, signals: StopSignals) -> TrainResult:
         """Run the loop from a start to its end and close the folder's books."""
         spec, train = self.spec, self.spec.train
+        self._guess_budget()
         self.model.checkpoint_activations(train.gradient_checkpointing)
         seed_everything(train.seed)
         trainer = Trainer(
@@ -259,6 +256,20 @@ class _Work:
         if spec.log:
             self.accelerator.end_training()
         return self._finish(trainer.progress, reason)
+
+    def _guess_budget(self) -> None:
+        """On a GPU, begin the search for the tokens of a pass at what its free memory may hold."""
+        device = self.model.device
+        if device.type == "cuda" and self.spec.train.micro_batch_size == "auto":
+            parts = memory_parts_of(
+                self.model,
+                TASKS[self.spec.task.kind],
+                examples=self.data.train.examples,
+                groups=self.data.text.positions.groups(tied=self.spec.intervention.tied),
+                layout=self.execution.layout,
+                checkpointing=self.spec.train.gradient_checkpointing,
+            )
+            self.token_budget = first_budget(self.token_budget, parts, device)
 
     def _fit(self, trainer: Trainer) -> None:
         """Settle how many tokens a pass may have, and write it down for a resumed run."""
@@ -419,54 +430,6 @@ def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
     last = "last two change" if len(changing) == 2 else "last changes"
     more = f"; {needed[1]} more were needed" if needed else ""
     return MemoryExhausted(f"{first}{more}.\n  Try, in order: {'; '.join(ways + changing)}. The {last} the result.")
-
-
-@dataclass
-class StopSignals:
-    """The signals that came: one that asks to stop, or SIGUSR1, which asks for a checkpoint."""
-
-    received: int | None = None
-    since: float = 0.0
-    save: bool = False
-
-    def agreed(self) -> int | None:
-        """The signal that some process has received, the same in all of them; SIGUSR1 once."""
-        number = largest(self.received or (SAVE or 0 if self.save else 0))
-        if number == SAVE:
-            self.save = False
-        return number or None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
-    """SIGINT and SIGTERM are noted, and the run stops after the step it is in; a second one ends it at once.
-
-    One of several processes takes what comes within a second of the first for the same: schedulers send a signal to
-    every process, and launchers pass it on besides.
-    """
-    state = StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield state
-        return
-
-    def note(number: int, _: FrameType | None) -> None:
-        if number == SAVE:
-            state.save = True
-            return
-        if state.received is not None:
-            if size() > 1 and time.monotonic() - state.since < 1.0:
-                return
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        state.received, state.since = number, time.monotonic()
-
-    known = (signal.SIGINT, signal.SIGTERM, *([SAVE] if SAVE else []))
-    before = {number: signal.signal(number, note) for number in known}
-    try:
-        yield state
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_processes(spec: Spec) -> None:

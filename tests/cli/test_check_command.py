@@ -87,3 +87,10 @@ def test_without_the_weights(reft, spec, monkeypatch):
 
 def test_overrides(reft, spec):
     assert reft("check", spec, "--no-model", "--json", "--set", "train.epochs=1").json["steps"] == 3
+
+
+def test_where_the_memory_goes(reft, spec):
+    lines = reft("check", spec, "--memory", "--rows", 0).out.splitlines()
+    (line,) = [line for line in lines if line.strip().startswith("of it")]
+    assert "weights 0 MiB; a pass of 32 tokens " in line and "predicted " in line and "measured" not in line
+    assert not any(line.strip().startswith("of it") for line in reft("check", spec, "--rows", 0).out.splitlines())

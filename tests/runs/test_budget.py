@@ -182,8 +182,8 @@ def test_what_is_said_when_one_row_is_too_much(make_spec, tmp_path: Path, small_
     assert int(longest) > 5
     assert str(caught.value) == (
         f"CUDA out of memory with one row of {longest} tokens at a time; 2.00 GiB more were needed.\n"
-        "  Try, in order: train.gradient_checkpointing: true; model.quantization: nf4; data.max_length: 256. The last two "
-        "change the result."
+        "  Try, in order: train.gradient_checkpointing: true; model.quantization: nf4; data.max_length: 256. The last "
+        "two change the result."
     )
     assert json.loads((tmp_path / "run/run.json").read_text())["exit_code"] == 5
 

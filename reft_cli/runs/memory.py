@@ -1,0 +1,129 @@
+"""Memory of a training pass, predicted from a pass over one row: what autograd keeps is counted, and grows with tokens.
+
+    peak = weights + trained + kept a token × tokens + max(one block's part of what is kept, the logits of a chunk)
+
+A frozen linear layer keeps nothing of its input. In a Llama block of width d, H and G numbers of queries and of keys,
+and an MLP of m, a token keeps 8 d bytes (two norms in float32) and s (2 H + 2 G + 3 m) at s bytes a number (queries,
+keys, values, attended; gate, its SiLU, up). Attention that forms no scores is linear in the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reft_cli.data.batch import Batch, Layout, build_batch
+from reft_cli.data.examples import Example, Examples
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.parallel.collective import smallest
+from reft_cli.positions import PositionGroup
+from reft_cli.tasks.cross_entropy import CHUNK
+from reft_cli.tasks.objectives import Task
+
+ROOM = 0.85  # of the free memory that a first guess fills; the allocator loses some
+ADAM = 4  # tensors for each trained one: itself, its gradient, two moments
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of a pass of so many tokens and answers."""
+
+    weights: int
+    trained: int
+    kept_a_token: float
+    block_a_token: float
+    logits_an_answer: float
+    most_logits: float
+
+    def working(self, tokens: int, answers: int) -> int:
+        """What a pass needs besides weights and what is trained."""
+        logits = min(self.logits_an_answer * answers, self.most_logits)
+        return round(self.kept_a_token * tokens + max(self.block_a_token * tokens, logits))
+
+    def peak(self, tokens: int, answers: int) -> int:
+        """The most that is in use at once."""
+        return self.weights + self.trained + self.working(tokens, answers)
+
+    def tokens_in(self, free: int) -> int:
+        """Tokens of a pass that free memory holds, by a guess on the safe side; every tenth of them an answer."""
+        left = ROOM * free - self.trained - self.most_logits
+        return max(int(left / (self.kept_a_token + self.block_a_token)), 1)
+
+
+def memory_parts(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> MemoryParts:
+    """Counts a pass over a small batch, with the hooks off and the base where it is; no weight is changed."""
+    tokens = _tokens(batch)
+    kept = _kept(model, task, batch, packed=packed, checkpointing=False) / tokens
+    blocks = model.blocks_above_edits()
+    held = _kept(model, task, batch, packed=packed, checkpointing=True) / tokens if checkpointing else kept
+    size = next(model.base_model.parameters()).element_size()
+    vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
+    an_answer = vocabulary * (size + 2 * torch.float32.itemsize)  # logits, in float32, and their softmax
+    return MemoryParts(
+        weights=sum(p.numel() * p.element_size() for p in model.base_model.parameters()),
+        trained=ADAM * torch.float32.itemsize * model.trainable_count(),
+        kept_a_token=held,
+        block_a_token=kept / blocks,
+        logits_an_answer=an_answer,
+        most_logits=min(CHUNK, vocabulary * 2**20) / max(vocabulary, 1) * an_answer,
+    )
+
+
+def memory_parts_of(
+    model: IntervenedModel,
+    task: Task,
+    *,
+    examples: Sequence[Example],
+    groups: Sequence[PositionGroup],
+    layout: Layout,
+    checkpointing: bool,
+) -> MemoryParts:
+    """The same from the shortest of some examples."""
+    shortest = Examples.of(examples).longest_first()[-1:]
+    batch = build_batch(shortest, groups=groups, layout=layout, pad_token_id=0)
+    return memory_parts(model, task, batch, packed=layout == "packed", checkpointing=checkpointing)
+
+
+def first_budget(limit: int, parts: MemoryParts, device: torch.device) -> int:
+    """Tokens of a pass to try first: `limit`, or what the free memory of the fullest process's GPU may hold."""
+    if device.type != "cuda":
+        return limit
+    torch.cuda.empty_cache()
+    return smallest(min(limit, parts.tokens_in(torch.cuda.mem_get_info(device)[0])))
+
+
+def _tokens(batch: Batch) -> int:
+    ids = batch.inputs["input_ids"]
+    assert isinstance(ids, Tensor)
+    return ids.numel()
+
+
+def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> int:
+    """Bytes that autograd keeps of a pass: every piece of memory once, and no weight."""
+    found: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    there = batch.to(model.device)
+    inputs = [*there.inputs.values(), *there.rows.values(), there.answer_rows, there.targets]
+    weights |= {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
+    model.checkpoint_activations(checkpointing)
+    model.train()
+    with model, model.packing(packed):
+        model.bank.refresh()
+        values = [value for site in range(model.bank.sites) for value in model.bank.values(site)]
+        weights |= {value.untyped_storage().data_ptr() for value in values}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), model.editing(there.rows):
+            task.loss(model, there)
+    model.bank.zero_grad()
+    model.checkpoint_activations(False)
+    model.eval()
+    return sum(found.values())

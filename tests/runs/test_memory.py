@@ -1,0 +1,91 @@
+"""Predicted memory: what autograd keeps of a block follows from its shape, and a GPU's peak is near it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reft_cli.data.batch import Batch, Layout, build_batch
+from reft_cli.data.examples import Example
+from reft_cli.models.build import build_intervened
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.loading import BaseModel, shape_hash
+from reft_cli.positions import Positions
+from reft_cli.runs.estimate import estimate
+from reft_cli.runs.memory import MemoryParts, memory_parts
+from reft_cli.tasks.objectives import TASKS
+
+POSITIONS = Positions.parse("f7+l7")
+TASK = TASKS["causal_lm"]
+
+
+def llama(dtype: torch.dtype, *, width: int, mlp: int, blocks: int, device: str = "cpu") -> IntervenedModel:
+    """A random Llama with four heads for queries and two for keys, edited after every block."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval().to(device)
+    return build_intervened(
+        BaseModel(model, "random", None, shape_hash(model)),
+        method="loreft", layers="all", component="block_output", positions=POSITIONS, tied=True, rank=4, init="paper",
+        dropout=0.0, dropout_on="delta", seed=0,
+    )  # fmt: skip
+
+
+def rows(count: int, tokens: int) -> list[Example]:
+    return [Example([5] * tokens, tokens - 5, None, "", "", row) for row in range(1, count + 1)]
+
+
+def batch(tokens: int, layout: Layout = "packed") -> Batch:
+    return build_batch(rows(1, tokens), groups=POSITIONS.groups(tied=True), layout=layout, pad_token_id=0)
+
+
+def parts_of(model: IntervenedModel, tokens: int, layout: Layout, *, checkpointing: bool = False) -> MemoryParts:
+    given = batch(tokens, layout)
+    return memory_parts(model, TASK, given, packed=layout == "packed", checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_follows_from_the_shape(dtype: torch.dtype, layout: Layout):
+    d, m, blocks, size = 64, 160, 6, dtype.itemsize
+    model = llama(dtype, width=d, mlp=m, blocks=blocks)
+    found = parts_of(model, 400, layout).kept_a_token
+    block = 8 * d + size * (2 * d + 2 * (d // 2) + 3 * m)
+    # the first block has no backward pass; the last one's MLP runs at answers only
+    wanted = (blocks - 1) * block - size * 3 * m + 4 * d  # and the last norm
+    assert found == pytest.approx(wanted, rel=0.05)
+    assert parts_of(model, 200, layout).kept_a_token == pytest.approx(found, rel=0.02)  # linear in the tokens
+
+
+def test_checkpointing_keeps_little(tmp_path):
+    model = llama(torch.float32, width=64, mlp=160, blocks=6)
+    plain, frugal = (parts_of(model, 200, "packed", checkpointing=each) for each in (False, True))
+    assert frugal.kept_a_token < 0.25 * plain.kept_a_token and frugal.block_a_token == plain.block_a_token
+    assert all(parameter.grad is None for parameter in model.bank.parameters())
+
+
+def test_the_parts_add_up():
+    parts = MemoryParts(1000, 16, 10.0, 2.0, 50.0, 120.0)
+    assert parts.peak(100, 1) == 1000 + 16 + 1000 + 200  # a block is more than the logits
+    assert parts.peak(10, 2) == 1000 + 16 + 100 + 100
+    assert parts.peak(10, 9) == 1000 + 16 + 100 + 120  # no more logits at once than a chunk of them
+    tokens = parts.tokens_in(100_000)
+    assert tokens == int((0.85 * 100_000 - 16 - 120) / 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("width", "mlp", "blocks"), [(1024, 4096, 8), (2048, 8192, 4)])
+def test_a_gpu_needs_what_was_predicted(width: int, mlp: int, blocks: int, checkpointing: bool):
+    torch.cuda.empty_cache()
+    model = llama(torch.bfloat16, width=width, mlp=mlp, blocks=blocks, device="cuda")
+    found = estimate(
+        model, TASK, examples=rows(32, 256), groups=POSITIONS.groups(tied=True), layout="packed", pad_token_id=0,
+        steps=1, global_batch_size=32, micro_batch_size=None, token_budget=8192, checkpointing=checkpointing,
+    )  # fmt: skip
+    assert found.measured_bytes is not None
+    assert found.predicted_bytes == pytest.approx(found.measured_bytes, rel=0.15)
