@@ -188,12 +188,16 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
 
 
 def _placement(source: BaseSource, auto: type, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
-    """Weights go straight from the file to the device, quantised on the way; to shard them, the CPU comes first."""
+    """Weights go straight from the file to the device, quantised on the way; to shard them, the CPU comes first.
+
+    So it does for a head, whose first weights are drawn on the CPU, the same for every device.
+    """
     if source.quantization in KINDS:
         dtype = pick_dtype(source.dtype, device)
         quantised = quantization_config(source.quantization, auto=auto, config=config, dtype=dtype)
         return {"quantization_config": quantised, "device_map": {"": device}}
-    return {} if source.shard or device.type != "cuda" else {"device_map": {"": device}}
+    straight = device.type == "cuda" and auto is AutoModelForCausalLM and not source.shard
+    return {"device_map": {"": device}} if straight else {}
 
 
 def shape_hash(model: PreTrainedModel) -> str:

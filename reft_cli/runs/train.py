@@ -72,6 +72,7 @@ from reft_cli.training.loop import Hooks, Trainer, TrainSettings
 from reft_cli.training.observer import NullObserver, Observer
 from reft_cli.training.state import Progress, seed_everything
 
+GPU_LOST = ("uncorrectable ECC", "busy or unavailable", "no CUDA-capable device", "hardware stack", "GPU is lost")
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
@@ -407,6 +408,8 @@ def _advice(run: RunFolder, spec: Spec, error: BaseException) -> ReftError | Non
     """What to say instead of an error that is no fault of ours; None if it is one."""
     if is_out_of_memory(error):
         return _memory_advice(spec, error)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in GPU_LOST):
+        return ReftError(f"the GPU failed: {str(error).splitlines()[0]}. Put that right and go on with --resume.")
     if not isinstance(error, OSError):
         return None
     file = Path(error.filename) if isinstance(error.filename, str) else run.path

@@ -24,6 +24,7 @@ from exit_code_table import REFUSED
 from reft_cli.runfolder import RunFolder
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 4 GiB")
+LOST = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronous")
 FULL = OSError(errno.ENOSPC, "No space left on device")
 ONWARD = " left on device. Put that right and go on with --resume."
 
@@ -84,6 +85,14 @@ def test_what_is_there_has_been_changed(
     ("target", "error", "words", "code", "kind", "said"),
     [
         ("tasks.objectives.CausalLM.loss", MEMORY, "train s.yaml --name t", 5, "memory", "Try, in order"),
+        (
+            "tasks.objectives.CausalLM.loss",
+            LOST,
+            "train s.yaml --name t",
+            1,
+            "error",
+            "the GPU failed: CUDA error: uncorrectable",
+        ),
         ("tasks.objectives.CausalLM.loss", MEMORY, "eval runs/s", 5, "memory", "CUDA out of memory"),
         ("generation.decode.Endings.of", MEMORY, "infer runs/s --prompt a", 5, "memory", "CUDA out of memory"),
         ("models.loading.load_config", MEMORY, "eval runs/s", 5, "memory", "CUDA out of memory"),
