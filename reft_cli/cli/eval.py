@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_cli.cli import console, options
+from reft_cli.cli.processes import as_several
 from reft_cli.cli.progress import duration, progress
 from reft_cli.errors import BelowThreshold, SpecError
 
@@ -36,6 +37,9 @@ def evaluate(
         list[str],
         typer.Option("--fail-under", help="Exit with 7 below this, e.g. accuracy=0.6.", metavar="METRIC=X"),
     ] = [],  # noqa: B006  Typer reads the default and never hands it out
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="Share the rows out over N processes, one a GPU.", min=1)
+    ] = None,
     device: options.Device = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -49,6 +53,9 @@ def evaluate(
     if base and compare_base:
         raise SpecError("--base scores the base only and --compare-base both; give one of them")
     which: Base = "only" if base else "compare" if compare_base else "none"
+    outcome = as_several(processes or 1, device=device or "auto")
+    if outcome is not None:
+        raise SystemExit(outcome.code)
     from reft_cli import runs
 
     with progress() as observer:

@@ -14,13 +14,13 @@ import typer
 from typer.core import TyperCommand
 
 from reft_cli.cli import console, options
+from reft_cli.cli.processes import as_several
 from reft_cli.cli.progress import progress
-from reft_cli.errors import Interrupted, ProcessLost, SpecError
-from reft_cli.parallel import launch
-from reft_cli.parallel.world import is_launched
+from reft_cli.errors import Interrupted, SpecError
 
 if TYPE_CHECKING:
     from reft_cli.runs import TrainResult
+    from reft_cli.spec.load import LoadedSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -87,9 +87,9 @@ def train(
         return
     _ignore_early_usr1()
     console.settings.run = loaded.run_path(output=output, name=name)
-    count = 1 if is_launched() else launch.count(loaded.spec.parallel.processes, device=loaded.spec.model.device)
-    if count > 1:
-        raise typer.Exit(_launched(console.settings.run, count, resume=resume is not None, overwrite=overwrite))
+    code = _as_several(console.settings.run, loaded, resume=resume is not None, overwrite=overwrite)
+    if code is not None:
+        raise SystemExit(code)  # typer.Exit(130) would be taken for a Ctrl-C here
     from reft_cli import runs
 
     try:
@@ -108,17 +108,18 @@ def _ignore_early_usr1() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _launched(folder: Path, count: int, *, resume: bool, overwrite: bool) -> int:
-    """Train in processes of their own; returns their exit code, once what ended them is said and written down."""
+def _as_several(folder: Path, loaded: LoadedSpec, *, resume: bool, overwrite: bool) -> int | None:
+    """The exit code of a run in processes of its own, noted in run.json if they could not; None: it is to run here."""
     from reft_cli.runfolder import RunFolder
 
-    run = RunFolder(folder)
-    run.check(resume=resume, overwrite=overwrite)
-    outcome = launch.run(console.settings.words, count)
-    if outcome.said:
-        console.complain(outcome.said)
-    if outcome.lost:
-        console.fail(ProcessLost(outcome.lost, exit_code=outcome.code))
+    run, spec = RunFolder(folder), loaded.spec
+    outcome = as_several(
+        spec.parallel.processes,
+        device=spec.model.device,
+        before=lambda: run.check(resume=resume, overwrite=overwrite),
+    )
+    if outcome is None:
+        return None
     if outcome.code and run.exists() and run.read().get("status") == "running":
         run.finish("failed", exit_code=outcome.code, reason=outcome.lost or outcome.said or "ended by a signal")
     return outcome.code

@@ -114,6 +114,16 @@ def test_a_process_that_is_killed_ends_all_with_its_code(here: Path):
 
 
 @pytest.mark.slow
+def test_an_evaluation_on_two_processes(here: Path):
+    alone, shared = (start("eval", "runs/s", "--device", "cpu", "--json", *more) for more in ((), ("--processes", "2")))
+    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in (alone, shared))
+    assert alone.returncode == shared.returncode == 0
+    assert first["metrics"] == pytest.approx(second["metrics"], rel=1e-5)
+    below = start("eval", "runs/s", "--device", "cpu", "--fail-under", "exact_match=1.1", "--processes", "2")
+    assert "exact_match is 0.0000, below 1.1" in below.communicate(timeout=120)[1] and below.returncode == 7
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_says_how_to_go_on_and_keeps_stdout_clean(here: Path, number: signal.Signals):
     process = start("train", "s.yaml", "--name", "t", *LONG, "--processes", "2", "--set", "model.device=cpu")
