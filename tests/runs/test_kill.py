@@ -197,12 +197,16 @@ def endure(make: Callable[[str], Trial], whole: tuple[dict[str, object], int], *
     (end, events), draw = whole, random.Random(seed)
     kinds, suffered, done = [], 0, 0
     while suffered < faults:
-        current = make(str(done))
+        current, seen = make(str(done)), set()
         for _ in range(draw.randint(1, 6)):
             kinds = kinds or draw.sample(KINDS, len(KINDS))
+            seen.add(kinds[-1])
             suffered += current.suffer(drawn(kinds.pop(), draw, events))
         current.finish()
-        assert current.end() == end
+        apart = {"checkpoints"} if "term" in seen else set()  # a signal saves at a step that is no even one, say
+        assert {key: value for key, value in current.end().items() if key not in apart} == {
+            key: value for key, value in end.items() if key not in apart
+        }
         done += 1
 
 
