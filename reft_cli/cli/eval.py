@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +26,13 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", help="A file, folder, hub id or bundled:NAME/SPLIT.", metavar="DATA")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of the run's own data, or of --data.")] = "test",
+    split: Annotated[
+        str | None, typer.Option("--split", help="Split of the run's own data, or of --data: test if not given.")
+    ] = None,
+    tasks: options.Tasks = None,
+    task_folder: options.TaskFolder = None,
+    few_shot: options.FewShot = None,
+    chat: options.ChatTemplate = False,
     checkpoint: options.Checkpoint = None,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Only the first N rows of each source.", min=1, metavar="N")
@@ -48,7 +57,7 @@ def evaluate(
     quiet: options.Quiet = False,
     no_progress: options.NoProgress = False,
 ) -> None:
-    """Score a run on a split."""
+    """Score a run on a split, or on tasks of lm-evaluation-harness."""
     gates = [_gate(text) for text in fail_under]
     if base and compare_base:
         raise SpecError("--base scores the base only and --compare-base both; give one of them")
@@ -58,25 +67,52 @@ def evaluate(
         raise SystemExit(outcome.code)
     from reft_cli import runs
 
-    with progress() as observer:
-        report = runs.evaluate(
-            run,
-            checkpoint=checkpoint,
-            data=data,
-            split=split,
-            limit=limit,
-            batch_size=batch_size,
-            base=which,
-            device=device,
-            model=model,
-            trust_remote_code=trust_remote_code,
-            observer=observer,
+    common = _Common(checkpoint, limit, batch_size, which, device, model, trust_remote_code)
+    if tasks is None:
+        _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
+        score = partial(runs.evaluate, run, data=data, split=split or "test", **asdict(common))
+    else:
+        names = _names(tasks, data=data, split=split)
+        score = partial(
+            runs.evaluate_tasks, run, tasks=names, folder=task_folder, few_shot=few_shot, chat=chat, **asdict(common)
         )
+    with progress() as observer:
+        report = score(observer=observer)
     if as_json:
         console.result_json(report.to_dict())
     else:
         _print(report)
     hold(report.metrics or report.base_metrics, gates)
+
+
+@dataclass(frozen=True)
+class _Common:
+    """Flags that rows and tasks share."""
+
+    checkpoint: str | None
+    limit: int | None
+    batch_size: int | None
+    base: Base
+    device: str | None
+    model: str | None
+    trust_remote_code: bool
+
+
+def _names(tasks: str, *, data: str | None, split: str | None) -> list[str]:
+    """The tasks of a list with commas."""
+    for flag, given in (("--data", data), ("--split", split)):
+        if given is not None:
+            raise SpecError(f"{flag} and --tasks: a task brings its own rows; give one of them")
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise SpecError(f"--tasks {tasks}: write names with commas between them, for example arc_easy,hellaswag")
+    return names
+
+
+def _refuse_without_tasks(*, task_folder: Path | None, few_shot: int | None, chat: bool) -> None:
+    for flag, given in (("--task-folder", task_folder), ("--few-shot", few_shot), ("--chat", chat or None)):
+        if given is not None:
+            raise SpecError(f"{flag} belongs to --tasks; the run's own data are scored as they were trained")
 
 
 def _print(report: EvalReport) -> None:

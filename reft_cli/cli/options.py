@@ -57,6 +57,20 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository brings.")
 ]
 
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", help="Tasks of lm-evaluation-harness in place of data, e.g. arc_easy,hellaswag.", metavar="NAMES"
+    ),
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--task-folder", help="Folder with tasks of your own for --tasks (YAML).", metavar="DIR")
+]
+FewShot = Annotated[
+    int | None, typer.Option("--few-shot", help="Solved rows before each prompt of --tasks.", min=0, metavar="N")
+]
+ChatTemplate = Annotated[bool, typer.Option("--chat", help="Prompts of --tasks through the chat template.")]
+
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", min=1, metavar="N")]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="0: always the same answer; above: sampling.", min=0, metavar="T")

@@ -2,7 +2,18 @@
 
 from reft_cli.runs.check import CheckReport, check
 from reft_cli.runs.evaluate import EvalReport, evaluate
+from reft_cli.runs.harness import evaluate_tasks
 from reft_cli.runs.session import Session, open_run
 from reft_cli.runs.train import TrainResult, train
 
-__all__ = ["CheckReport", "EvalReport", "Session", "TrainResult", "check", "evaluate", "open_run", "train"]
+__all__ = [
+    "CheckReport",
+    "EvalReport",
+    "Session",
+    "TrainResult",
+    "check",
+    "evaluate",
+    "evaluate_tasks",
+    "open_run",
+    "train",
+]

@@ -28,6 +28,7 @@ from reft_cli.runs.texts import without_answers
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
 
 Base = Literal["none", "compare", "only"]
+PASSES: dict[Base, list[str]] = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def _score(
     session: Session, examples: Sequence[Example], evaluator: Evaluator, *, base: Base, name: str, observer: Observer
 ) -> dict[str, Evaluation]:
     """The evaluations that `base` asks for, by the names run and base."""
-    passes = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}[base]
-    prompts = without_answers(examples)
+    passes, prompts = PASSES[base], without_answers(examples)
     if evaluator.generates:
         check_fits(examples, session.model.base_model, name="row", new_tokens=evaluator.new_tokens)
         return _generate_and_score(session, examples, prompts, evaluator, passes=passes, name=name, observer=observer)

@@ -87,7 +87,7 @@ class Session:
         """
         self._check_samples(samples, settings)
         examples = self._encode(prompts, raw=raw)
-        if self.text.kind != "causal_lm":
+        if not self.text.writes:
             columns = [self._predict(examples, base=model == "base") for model in models]
             return (
                 {model: [each] for model, each in zip(models, row, strict=True)} for row in zip(*columns, strict=True)
@@ -106,7 +106,7 @@ class Session:
 
     def _check_samples(self, samples: int, settings: Mapping[str, Any]) -> None:
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
-        if samples > 1 and (self.text.kind != "causal_lm" or decoding.temperature == 0):
+        if samples > 1 and (not self.text.writes or decoding.temperature == 0):
             raise SpecError(f"--samples {samples}: without a --temperature above 0 they would all be the same")
 
     def stream(
@@ -119,13 +119,13 @@ class Session:
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
         prompts = self._encode([prompt], raw=raw)
         check_fits(prompts, self.model.base_model, name="prompt", new_tokens=decoding.max_new_tokens)
-        if self.text.kind != "causal_lm":
+        if not self.text.writes:
             return (answer.text for answer in self._predict(prompts, base=base))
         return self.decoder.stream(Request(prompts[0].input_ids, int(not base)), decoding=decoding)
 
     def why_slow(self, settings: Mapping[str, Any]) -> str | None:
         """Why answers with these settings go through transformers' `generate`; None if they come from our slots."""
-        if self.text.kind != "causal_lm":
+        if not self.text.writes:
             return None
         return self.decoder.why_not_slots(merge_generation(self.checkpoint.manifest.generation, settings)[0])
 

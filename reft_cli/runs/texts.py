@@ -43,6 +43,11 @@ class TextSide:
     labels_given: bool
     extraction: RuleName | ExtractionSpec | None = None
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model answers with text."""
+        return self.kind == "causal_lm"
+
     def encode(self, rows: Rows, *, tell: Tell = silent) -> Encoded:
         """Rows with answers or labels as examples, kept ones if there are any; `tell` hears what the cache did."""
 

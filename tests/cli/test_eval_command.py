@@ -29,7 +29,11 @@ def calls(monkeypatch):
             path=run / "eval/test.json",
         )
 
+    def evaluate_tasks(run, *, tasks, **flags):
+        return evaluate(run, tasks=tasks, **flags)
+
     monkeypatch.setattr("reft_cli.runs.evaluate", evaluate)
+    monkeypatch.setattr("reft_cli.runs.evaluate_tasks", evaluate_tasks)
     return made
 
 
@@ -114,3 +118,28 @@ def test_running_out_of_memory_is_code_5(reft, monkeypatch):
     monkeypatch.setattr("reft_cli.runs.evaluate", evaluate)
     done = reft("eval", "runs/s", "--json")
     assert done.code == 5 and done.error["kind"] == "memory" and "--batch-size" in done.error["hint"]
+
+
+def test_tasks_of_the_harness_take_the_place_of_data(reft, calls):
+    words = "--tasks arc_easy,hellaswag --task-folder mine --few-shot 5 --chat --limit 3 --batch-size 2 --compare-base"
+    done = reft("eval", "runs/s", *words.split())
+    (call,) = calls
+    assert call["tasks"] == ["arc_easy", "hellaswag"] and call["folder"] == Path("mine")
+    assert (call["few_shot"], call["chat"], call["limit"], call["batch_size"]) == (5, True, 3, 2)
+    assert call["base"] == "compare" and "data" not in call and "accuracy" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tasks a --data d.csv", "--data and --tasks: a task brings its own rows; give one of them"),
+        ("--tasks a --split test", "--split and --tasks: a task brings its own rows; give one of them"),
+        ("--tasks a,,b", "--tasks a,,b: write names with commas between them, for example arc_easy,hellaswag"),
+        ("--few-shot 2", "--few-shot belongs to --tasks; the run's own data are scored as they were trained"),
+        ("--task-folder x", "--task-folder belongs to --tasks"),
+        ("--chat", "--chat belongs to --tasks"),
+    ],
+)
+def test_flags_of_tasks_that_cannot_be(reft, calls, words, message):
+    done = reft("eval", "runs/s", *words.split())
+    assert done.code == 2 and message in done.err and not calls
