@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from reft_cli.errors import CheckpointError
+from reft_cli.kinds import TaskKind
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.reading import read_bytes, read_json
@@ -96,7 +97,7 @@ class InterventionIdentity(_Part):
 class TextIdentity(_Part):
     """How text becomes tokens, so that inference does what training did."""
 
-    kind: Literal["causal_lm", "classification", "regression"]
+    kind: TaskKind
     metric: str
     format: dict[str, Any]
     template: dict[str, Any]
@@ -107,11 +108,15 @@ class TextIdentity(_Part):
     on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"]
     extraction: RuleName | ExtractionSpec | None = None
     """As the spec had it."""
+    beta: float | None = Field(default=None, gt=0)
+    """Of a preference task, else None."""
 
     @model_validator(mode="after")
     def _labels(self) -> TextIdentity:
         if (self.kind == "classification") != bool(self.labels):
             raise ValueError(f"{self.kind} with labels {self.labels}")
+        if (self.kind == "preference") != (self.beta is not None):
+            raise ValueError(f"{self.kind} with beta {self.beta}")
         return self
 
 

@@ -48,6 +48,7 @@ MANIFEST: dict[str, Any] = {
         "max_length": 64,
         "on_overflow": "error",
         "extraction": None,
+        "beta": None,
     },
     "generation": {"max_new_tokens": 4, "temperature": 0.1, "stop": ["\n"]},
 }
@@ -321,6 +322,8 @@ def put(*keys: str, value: object) -> Callable[[dict[str, Any]], None]:
         (("intervention", "rank"), None, "intervention: Value error, loreft with rank None"),
         (("text", "labels"), None, "text: Value error, classification with labels None"),
         (("text", "kind"), "regression", "text: Value error, regression with labels"),
+        (("text", "beta"), 0.1, "text: Value error, classification with beta 0.1"),
+        (("text", "beta"), 0.0, "text.beta: Input should be greater than 0"),
         (("text", "max_length"), 0, "text.max_length: "),
         (("generation", "temperature"), "hot", "generation.temperature: Input should be a valid number"),
         (("generation", "tmeperature"), 1, "generation.tmeperature: Extra inputs"),

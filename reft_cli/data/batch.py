@@ -31,7 +31,8 @@ class Batch:
 
     `answer_rows[k]` is the row whose next token is `targets[k]`; `labels` are classes or numbers, one an example.
     `places` says which of all tokens of the data each real one is. `frozen` [1, N, D] is what comes out of the blocks
-    that no edit reaches, where it is known and they need not run.
+    that no edit reaches, where it is known and they need not run. Of `pairs` examples that are pairs, all chosen
+    sequences come first and then all rejected ones, and `owners[k]` is the sequence of answer row k.
     """
 
     inputs: dict[str, Tensor | int]
@@ -41,6 +42,8 @@ class Batch:
     labels: Tensor | None
     places: Tensor
     frozen: Tensor | None = None
+    owners: Tensor | None = None
+    pairs: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies overlap with computation where the memory is pinned."""
@@ -60,6 +63,7 @@ class Batch:
             labels=None if self.labels is None else move(self.labels),
             places=move(self.places),
             frozen=None if self.frozen is None else move(self.frozen),
+            owners=None if self.owners is None else move(self.owners),
         )
 
 
@@ -70,11 +74,12 @@ def build_batch(
     layout: Layout,
     pad_token_id: int,
 ) -> Batch:
-    """Examples as one batch on the host."""
-    chosen = Examples.of(examples)
+    """Examples as one batch on the host. Of pairs with labels, every token is read and none is a target."""
+    given = Examples.of(examples)
+    chosen, pairs = given.sequences(), len(given) if given.rejected is not None else 0
     prompts, first = chosen.prompt_lengths, chosen.spans[:, 0]  # [B]
     learned_from = np.maximum(prompts, 1)
-    learned = np.maximum(chosen.lengths - learned_from, 0)
+    learned = np.maximum(chosen.lengths - learned_from, 0) * (not pairs or chosen.labels is None)
     lengths = chosen.lengths - (learned > 0)  # an answer's last token is a target and no input: nothing comes after it
     width = int(lengths.max())
     starts = np.cumsum(lengths) - lengths if layout == "packed" else width * np.arange(len(chosen))
@@ -94,6 +99,8 @@ def build_batch(
         ),
         labels=None if chosen.labels is None else _labels(chosen.labels),
         places=torch.from_numpy(where),
+        owners=torch.from_numpy(np.repeat(np.arange(len(chosen)), learned)) if pairs else None,
+        pairs=pairs,
     )
 
 
@@ -147,8 +154,8 @@ def micro_batches(
 
     The order inside a global batch does not change its loss, so sorting costs nothing and saves padding.
     """
-    ordered = sorted(examples, key=lambda each: (-len(each.input_ids), each.row))
-    lengths = [len(each.input_ids) for each in ordered]
+    ordered = sorted(examples, key=lambda each: (-each.size, each.row))
+    lengths = [each.size for each in ordered]
     for part in cuts(lengths, token_budget=token_budget, rows=rows, padded=padded):
         yield ordered[part]
 

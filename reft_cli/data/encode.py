@@ -24,14 +24,14 @@ from reft_cli.data.records import Rows
 from reft_cli.data.templates import Template
 from reft_cli.data.tokens import Cut, TextTokenizer, text_tokenizer
 from reft_cli.errors import DataError, Problem, SpecError
+from reft_cli.kinds import ANSWERED, PAIRED, WRITING, TaskKind
 from reft_cli.positions import Positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TaskKind = Literal["causal_lm", "classification", "regression"]
 Overflow = Literal["error", "drop", "truncate_prompt", "truncate_answer"]
-VERSION = 2  # raise it whenever the same rows would give other examples, because of a change anywhere in reft_cli.data
+VERSION = 3  # raise it whenever the same rows would give other examples, because of a change anywhere in reft_cli.data
 CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads, small enough to keep offsets off the memory
 
 
@@ -89,15 +89,27 @@ def encode_examples(
     the user, so that a label may also be a number. DataError names the row at fault.
     """
     text = text_tokenizer(tokenizer)
-    if append_eos and text.eos_token_id is None and task_kind == "causal_lm":
+    if append_eos and text.eos_token_id is None and task_kind in WRITING:
         raise SpecError(
             Problem(f"{text.name} has no end-of-sequence token to append; write false", key="data.append_eos")
         )
     fields = [data_format.fields_of(row, where=rows.where(index)) for index, row in enumerate(rows.rows)]
+    known = None
     if task_kind == "causal_lm":
-        examples, spanning, differing = _answers(rows, fields, text=text, template=template, append_eos=append_eos)
+        examples, spanning, differing = _answers(
+            fields, rows.numbers, _places(rows), text=text, template=template, append_eos=append_eos
+        )
         _refuse_empty(examples, name=rows.name, eos=text.eos_token_id if append_eos else None)
-        known = None
+    elif task_kind in PAIRED:
+        examples, spanning, differing = _pairs(
+            fields,
+            rows,
+            data_format,
+            text=text,
+            template=template,
+            append_eos=append_eos,
+            labelled=task_kind == "reward",
+        )
     else:
         labels, known = _labels(rows, fields, kind=task_kind, classes=classes, given=classes_given)
         prompts = _prompts(fields, rows.numbers, text=text, template=template, whole=True, places=_places(rows))
@@ -108,7 +120,7 @@ def encode_examples(
         examples = Examples.of(replace(each, source=name) for each, name in named)
     kept, dropped, cut = fit(
         examples,
-        special=(len(text.prefix), 0 if task_kind == "causal_lm" else len(text.suffix)),
+        special=(len(text.prefix), 0 if task_kind in ANSWERED else len(text.suffix)),
         max_length=max_length,
         on_overflow=on_overflow,
         positions=positions,
@@ -131,18 +143,22 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     task_kind: TaskKind = "causal_lm",
+    append_eos: bool = True,
     numbers: Sequence[int] | None = None,
     places: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Prompts without answers, with the ids that they have in training. `places` name the rows in messages."""
-    return _prompts(
-        fields,
-        numbers or range(1, len(fields) + 1),
-        text=text_tokenizer(tokenizer),
-        template=template,
-        whole=task_kind != "causal_lm",
-        places=places or [f"prompt {index}" for index in range(1, len(fields) + 1)],
-    )
+    """Prompts without answers, with the ids that they have in training. `places` name the rows in messages.
+
+    A reward is of an answer, so that there the rows have one.
+    """
+    text, numbers = text_tokenizer(tokenizer), numbers or range(1, len(fields) + 1)
+    places = places or [f"prompt {index}" for index in numbers]
+    if task_kind == "reward":
+        examples, _, _ = _answers(
+            fields, numbers, places, text=text, template=template, **_end_of_rated(text, append_eos)
+        )
+        return [replace(each, label=1) for each in examples]
+    return _prompts(fields, numbers, text=text, template=template, whole=task_kind not in WRITING, places=places)
 
 
 def fit(
@@ -159,7 +175,7 @@ def fit(
     A cut leaves the edited tokens of the prompt and the `special` ones before and after it.
     """
     columns = Examples.of(examples)
-    over = columns.lengths > max_length
+    over = columns.longest > max_length
     long = columns.take(np.flatnonzero(over))
     if not long:
         return columns, [], []
@@ -187,7 +203,7 @@ def fit(
 def _ends_cut(examples: Examples, *, max_length: int, name: str) -> tuple[Examples, list[int], list[int]]:
     """As pyreft has it: the end of an answer goes, and its end token with it; a prompt that fills all is left out."""
     over = examples.lengths > max_length
-    filled = over & (np.maximum(examples.prompt_lengths, 1) >= max_length)
+    filled = over & (np.maximum(examples.longest_prompts, 1) >= max_length)
     kept = examples.take(np.flatnonzero(~filled)).cut_at(max_length)
     _refuse_none(kept, name=name, max_length=max_length)
     return kept, examples.rows[filled].tolist(), examples.rows[over & ~filled].tolist()
@@ -201,11 +217,19 @@ def _refuse_none(kept: Examples, *, name: str, max_length: int) -> None:
 def cut_middle(example: Example, *, max_length: int, first: int, last: int) -> Example | None:
     """The example with tokens taken out of the middle of its prompt, of which the `first` and `last` tokens stay.
 
-    What else fits is divided evenly between the two ends. None if there is no room for those tokens and the answer.
+    What else fits is divided evenly between the two ends. None if there is no room for those tokens and the answer, of
+    a pair the longer one: both keep the same prompt.
     """
-    budget = max_length - (len(example.input_ids) - example.prompt_length)
+    other = example.rejected
+    budget = max_length - max(len(each.input_ids) - each.prompt_length for each in (example, other) if each is not None)
     if budget < max(first + last, 1):
         return None
+    cut = _with_prompt_of(example, budget, first=first, last=last)
+    return cut if other is None else replace(cut, rejected=_with_prompt_of(other, budget, first=first, last=last))
+
+
+def _with_prompt_of(example: Example, budget: int, *, first: int, last: int) -> Example:
+    budget = min(budget, example.prompt_length)
     head = min(max(first, budget - budget // 2), budget - last)
     skipped = slice(head, example.prompt_length - (budget - head))
     ids, types = list(example.input_ids), example.token_types
@@ -248,11 +272,55 @@ def notice(rows: Sequence[int]) -> Notice:
     return Notice(len(rows), rows[0] if rows else None)
 
 
+def _pairs(
+    fields: Sequence[Mapping[str, Any]],
+    rows: Rows,
+    data_format: Format,
+    *,
+    text: TextTokenizer,
+    template: Template,
+    append_eos: bool,
+    labelled: bool,
+) -> tuple[Examples, list[int], list[int]]:
+    """As `_answers`, with the rejected answers in the place of the chosen ones for the second sequence of each pair."""
+    end: dict[str, Any] = _end_of_rated(text, append_eos) if labelled else {"append_eos": append_eos}
+    sides = [
+        _answers(side, rows.numbers, _places(rows), text=text, template=template, **end)
+        for side in (fields, [data_format.rejected_first(each) for each in fields])
+    ]
+    (chosen, *noted), (rejected, *noted_too) = sides
+    _refuse_empty(chosen, name=rows.name, eos=text.eos_token_id if append_eos else None)
+    _refuse_empty(rejected, name=rows.name, eos=text.eos_token_id if append_eos else None)
+    label = 1 if labelled else None
+    examples = Examples.of(
+        replace(one, rejected=replace(other, reference=one.reference), label=label)
+        for one, other in zip(chosen, rejected, strict=True)
+    )
+    if all(each.rejected is not None and each.completion == each.rejected.completion for each in examples):
+        raise DataError(
+            f"{rows.name}: the two answers of every row are the same text; data.template.completion has to use "
+            f"{{{data_format.answer}}}, in whose place the rejected answer is put"
+        )
+    spanning, differing = (sorted({*one, *other}) for one, other in zip(noted, noted_too, strict=True))
+    return examples, spanning, differing
+
+
+def _end_of_rated(text: TextTokenizer, append_eos: bool) -> dict[str, Any]:
+    """How a rated answer ends: with the tokenizer's own last tokens, else with the end of the sequence."""
+    return {"append_eos": append_eos and not text.suffix and text.eos_token_id is not None, "closing": text.suffix}
+
+
 def _answers(
-    rows: Rows, fields: Sequence[Mapping[str, Any]], *, text: TextTokenizer, template: Template, append_eos: bool
+    fields: Sequence[Mapping[str, Any]],
+    numbers: Sequence[int],
+    places: Sequence[str],
+    *,
+    text: TextTokenizer,
+    template: Template,
+    append_eos: bool,
+    closing: Sequence[int] = (),
 ) -> tuple[Examples, list[int], list[int]]:
     """(examples, rows with a token across the boundary, rows whose prompt alone has other tokens)."""
-    places = _places(rows)
     prompts = [template.render_prompt(each, where=where) for each, where in zip(fields, places, strict=True)]
     answers = [template.render_completion(each, where=where) for each, where in zip(fields, places, strict=True)]
     truths = [template.render_reference(each, where=where) for each, where in zip(fields, places, strict=True)]
@@ -263,11 +331,12 @@ def _answers(
 
     def examples() -> Iterator[Example]:
         cuts = _cuts(text, prompts, answers)
-        for cut, prompt, answer, truth, row in zip(cuts, prompts, answers, truths, rows.numbers, strict=True):
+        for cut, prompt, answer, truth, row in zip(cuts, prompts, answers, truths, numbers, strict=True):
             ids = prefix + cut.ids
             ended = end in cut.ids[cut.boundary :] if not template.special_tokens else cut.ids[-1:] == [end]
             if end is not None and not ended:
                 ids.append(end)
+            ids += closing if template.special_tokens else ()
             if cut.spans:
                 spanning.append(row)
             elif cut.differs:
@@ -355,8 +424,8 @@ def _too_long(
     positions: Positions,
     name: str,
 ) -> DataError:
-    worst = max(long, key=lambda example: len(example.input_ids))
-    size = len(worst.input_ids)
+    worst = max(long, key=lambda example: example.longest)
+    size = worst.longest
     are = "1 of {:,} rows is" if len(long) == 1 else f"{len(long):,} of {{:,}} rows are"
     message = (
         f"{are.format(read)} longer than data.max_length {max_length} "
@@ -364,7 +433,7 @@ def _too_long(
     )
     if hopeless:
         first = hopeless[0]
-        answer = len(first.input_ids) - first.prompt_length
+        answer = first.longest - first.prompt_length
         remedy = (
             f"or data.on_overflow: drop (truncate_prompt does not help: row {first.row} has an answer of "
             f"{answer:,} tokens, which leaves too few for the edited tokens of its prompt)."

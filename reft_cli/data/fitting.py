@@ -19,11 +19,11 @@ def check_fits(examples: Sequence[Example], model: nn.Module, *, name: str, new_
         return
 
     columns = Examples.of(examples)
-    needed = np.maximum(columns.lengths, columns.prompt_lengths + new_tokens)
+    needed = np.maximum(columns.longest, columns.prompt_lengths + new_tokens)
     if needed.max() <= limit:
         return
     worst = columns[int(needed.argmax())]
-    tokens = len(worst.input_ids)
+    tokens = worst.longest
     if tokens > limit:
         takes, remedy = f"takes {tokens:,} tokens", f"shorten it, or set data.max_length: {limit} and data.on_overflow"
     else:

@@ -27,12 +27,14 @@ class Format:
     optional: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     """Names inside a message."""
+    rejected: str | None = None
+    """The answer that is not wanted, where a row is a pair."""
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def needed(self) -> tuple[str, ...]:
         """Names without which a training row cannot be read."""
-        return (*self.prompt, *((self.answer,) if self.answer else ()))
+        return (*self.prompt, *filter(None, (self.answer, self.rejected)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,6 +52,12 @@ class Format:
             elif as_text(fields[name]) is None:
                 raise DataError(f"{where}: column `{self.columns.get(name, name)}` {not_text(fields[name])}")
         return fields
+
+    def rejected_first(self, fields: Mapping[str, Any]) -> Fields:
+        """The fields of a pair with the rejected answer in the place of the chosen one."""
+        assert self.answer is not None and self.rejected is not None, "a pair has two answers"
+        other = fields[self.rejected]
+        return dict(fields) | {self.answer: other, self.columns.get(self.answer, self.answer): other}
 
     def _messages(self, given: object, *, where: str) -> list[dict[str, Any]]:
         column = self.columns.get("messages", "messages")
@@ -83,12 +91,17 @@ FORMATS: dict[str, Format] = {
         Format("messages", prompt=("messages",), inside=("role", "content")),
         Format("text", prompt=("text",), answer="label"),
         Format("pair", prompt=("text", "text_pair"), answer="label"),
+        Format("preference", prompt=("prompt",), answer="chosen", rejected="rejected"),
     )
 }
+DETECTED = {name: each for name, each in FORMATS.items() if each.rejected is None}
+"""Formats that are found by the columns; pairs are what the task asks for."""
 GLUE_PAIR = {"text": "sentence1", "text_pair": "sentence2"}
 GUESSES = {
     "prompt": ("question", "instruction", "input", "query", "source", "context", "text", "sentence"),
     "completion": ("answer", "output", "response", "target", "label", "chosen", "summary"),
+    "chosen": ("preferred", "better", "accepted", "response_chosen", "win", "answer"),
+    "rejected": ("dispreferred", "worse", "response_rejected", "lose"),
     "instruction": ("question", "prompt", "query", "input", "text"),
     "output": ("answer", "completion", "response", "target", "label"),
     "messages": ("conversations", "conversation", "dialog", "chat", "turns"),
@@ -166,7 +179,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _detect(columns: Sequence[str], mapping: Mapping[str, str], *, where: str, with_answer: bool) -> Format:
-    bound = [_bind(each, columns, mapping) for each in FORMATS.values()]
+    bound = [_bind(each, columns, mapping) for each in DETECTED.values()]
     fits = [each for each in bound if set(mapping) <= set(each.names)]
     fits = [each for each in fits if not _missing(each, columns, with_answer=with_answer)]
     if len(fits) > 1:  # a pair has the columns of a text too
@@ -176,7 +189,7 @@ def _detect(columns: Sequence[str], mapping: Mapping[str, str], *, where: str, w
     if fits:
         names = " and ".join(f"`{each.name}`" for each in fits)
         raise DataError(f"{where}: columns {_listed(columns)} fit formats {names}; write one as data.format")
-    needs = " · ".join(f"{each.name}: {_listed(each.needed)}" for each in FORMATS.values())
+    needs = " · ".join(f"{each.name}: {_listed(each.needed)}" for each in DETECTED.values())
     nearest = max(bound, key=lambda each: _nearness(each, columns))
     raise DataError(
         Problem(
@@ -203,7 +216,7 @@ def _missing(chosen: Format, columns: Sequence[str], *, with_answer: bool) -> li
 def _known_names(requested: str) -> tuple[str, ...]:
     if requested != "auto":
         return FORMATS[requested].names
-    return tuple(dict.fromkeys(name for each in FORMATS.values() for name in each.names))
+    return tuple(dict.fromkeys(name for each in DETECTED.values() for name in each.names))
 
 
 def _check_mapping(

@@ -67,7 +67,7 @@ class Loader:
         chosen = self.examples.take(indices)
         mine = chosen.longest_first()[self.process :: self.processes]
         parts = cuts(
-            mine.lengths.tolist(), token_budget=budget, rows=self.micro_batch_size, padded=self.layout == "padded"
+            mine.sizes.tolist(), token_budget=budget, rows=self.micro_batch_size, padded=self.layout == "padded"
         )
         return GlobalBatch(indices, chosen, [self._pass(mine[part]) for part in parts], budget)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_cli.data.formats import Format, as_text, not_text
 from reft_cli.errors import DataError, Problem, SpecError
+from reft_cli.kinds import ANSWERED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,7 +272,7 @@ def choose_template(
     `given` is a name, an inline one, or None for the format's own. SpecError for an unknown name or
     placeholder; DataError if the rows have nothing for the task to learn.
     """
-    learns_text = task_kind == "causal_lm"
+    learns_text = task_kind in ANSWERED
     if isinstance(given, Inline):
         return _inline(given, data_format=data_format, columns=columns, learns_text=learns_text)
     if given is not None and given not in NAMES:

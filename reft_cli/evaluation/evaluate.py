@@ -15,12 +15,14 @@ from reft_cli.data.fitting import check_fits
 from reft_cli.evaluation.answers import answer_all
 from reft_cli.evaluation.extraction import Rule
 from reft_cli.evaluation.metrics import FROM_LOSS, by_source, score_classes, score_loss, score_numbers, score_texts
+from reft_cli.evaluation.pairs import pair_samples, score_pairs
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.parallel.collective import separately, share, size, spread, together, total
 from reft_cli.positions import PositionGroup
-from reft_cli.tasks.objectives import HEADS, TASKS, predict
+from reft_cli.tasks.objectives import HEADS, predict
+from reft_cli.tasks.preferences import PairTask, pair_loss, pair_task_of, task_of
 
 Progress = Callable[[int, int], None]
 
@@ -50,6 +52,8 @@ class Evaluator:
     decoding: Decoding
     batch_size: int | None
     token_budget: int
+    beta: float | None = None
+    """Of a preference task."""
     rule: Rule | None = None
     """How the answer is found in generated text; None: all of it is the answer."""
 
@@ -84,6 +88,9 @@ class Evaluator:
         with separately(model.is_sharded):  # its parts are gathered in step, so everyone scores every row
             if self.kind == "causal_lm":
                 return self._causal(model, examples, prompts, edited, answers, tell)
+            task = pair_task_of(self.kind, beta=self.beta)
+            if task is not None:
+                return self._pairs(task, model, examples, edited, tell)
             return self._head(model, examples, edited, tell)
 
     def _causal(
@@ -131,6 +138,28 @@ class Evaluator:
             own = rule.find(each.completion, reference=each.completion) or each.completion
             truths.append(own if each.reference is None else each.reference)
         return [rule.find(text, reference=truth.strip()) for text, truth in zip(texts, truths, strict=True)], truths
+
+    @torch.inference_mode()
+    def _pairs(
+        self, task: PairTask, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress
+    ) -> Evaluation:
+        losses = [0.0]
+
+        def rewards_of(mine: list[Example]) -> list[list[float]]:
+            rewards: dict[int, list[float]] = {}
+            for chosen, batch in self._batches(model, mine):
+                with model.editing(batch.rows if edited else None):
+                    found = task.rewards(model, batch)  # [P, 2]
+                losses.append(float(pair_loss(found)))
+                rewards |= {id(example): pair for example, pair in zip(chosen, found.tolist(), strict=True)}
+                tell(min(len(rewards) * size(), len(examples)), len(examples))
+            return [rewards[id(example)] for example in mine]
+
+        pairs = spread(examples, rewards_of, cost=tokens_of)
+        loss = total(sum(losses))
+        return Evaluation(
+            {"loss": loss / task.units(examples)} | score_pairs(examples, pairs), pair_samples(examples, pairs)
+        )
 
     @torch.inference_mode()
     def _head(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> Evaluation:
@@ -181,7 +210,7 @@ class Evaluator:
     @torch.inference_mode()
     def mean_loss(self, model: IntervenedModel, examples: Sequence[Example], *, edited: bool = True) -> float:
         """The objective's mean over all units of these rows."""
-        task, loss = TASKS[self.kind], 0.0
+        task, loss = task_of(self.kind, beta=self.beta), 0.0
         with together():
             for _, batch in self._batches(model, share(examples, cost=tokens_of)):
                 with model.editing(batch.rows if edited else None):

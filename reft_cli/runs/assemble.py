@@ -40,9 +40,9 @@ def base_source(model: ModelSpec) -> BaseSource:
 
 def load_base(source: BaseSource, text: TextSide, *, seed: int) -> BaseModel:
     """The base model with the head that the task needs."""
-    if text.kind == "causal_lm":
+    if text.writes:
         return load_causal_lm(source)
-    outputs = 1 if text.kind == "regression" else len(text.labels or ())
+    outputs = 1 if text.kind in ("regression", "reward") else len(text.labels or ())
     return load_classifier(source, outputs=outputs, pad_token_id=text.tokenizer.pad_token_id, seed=seed)
 
 
@@ -228,6 +228,7 @@ def evaluator_of(
     """How a split is scored."""
     return Evaluator(
         kind=text.kind,
+        beta=text.beta,
         metric=metric,
         labels=list(text.labels) if text.labels else None,
         groups=text.positions.groups(tied=tied),

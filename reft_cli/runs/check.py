@@ -20,13 +20,13 @@ from reft_cli.runs.execution import Execution, choose_execution
 from reft_cli.runs.sources import rows_of
 from reft_cli.runs.texts import TrainingData, load_training_data
 from reft_cli.spec.load import LoadedSpec
-from reft_cli.tasks.objectives import TASKS
+from reft_cli.tasks.preferences import task_of
 from reft_cli.training.schedule import Order
 
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """One training row, token by token."""
+    """One training row, token by token; of a pair there are two, the chosen answer first."""
 
     row: int
     tokens: list[Token]
@@ -124,8 +124,9 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
         suite=_suite_report(loaded),
         data={split: report(each, positions=data.text.positions) for split, each in encoded.items()},
         rows=[
-            RenderedRow(each.row, render_row(each, tokenizer=tokenizer, groups=groups))
+            RenderedRow(each.row, render_row(sequence, tokenizer=tokenizer, groups=groups))
             for each in data.train.examples[:rows]
+            for sequence in filter(None, (each, each.rejected))
         ],
         steps=steps,
         steps_per_epoch=order.steps_per_epoch,
@@ -167,7 +168,7 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
         execution=execution,
         estimate=estimate(
             model,
-            TASKS[spec.task.kind],
+            task_of(spec.task.kind, beta=spec.task.beta),
             examples=data.train.examples,
             groups=data.text.positions.groups(tied=spec.intervention.tied),
             layout=execution.layout,

@@ -65,7 +65,7 @@ def estimate(
     longest = columns.longest_first()[:global_batch_size]
     first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=layout == "padded"))
     batch = build_batch(first, groups=groups, layout=layout, pad_token_id=pad_token_id)
-    lengths = [len(each.input_ids) for each in first]
+    lengths = [each.size for each in first]
     tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
     seen = tokens_of(columns, global_batch_size=global_batch_size, steps=steps)
     for_each_token = model.operations_a_token()
@@ -94,7 +94,8 @@ def estimate(
 
 def tokens_of(examples: Sequence[Example], *, global_batch_size: int, steps: int) -> int:
     """Tokens of a whole run."""
-    mean = float(Examples.of(examples).lengths.mean())
+    columns = Examples.of(examples)
+    mean = columns.token_count / len(columns)
     return round(mean * min(global_batch_size, len(examples)) * steps)
 
 

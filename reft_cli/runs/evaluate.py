@@ -28,6 +28,7 @@ from reft_cli.runs.texts import without_answers
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
 
 Base = Literal["none", "compare", "only"]
+SAMPLE = ("row", "prompt", "reference", "rejected")  # what is kept of a sample besides predictions
 PASSES: dict[Base, list[str]] = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}
 
 
@@ -204,7 +205,7 @@ def _keep(
     samples = []
     for index, sample in enumerate(next(iter(results.values())).samples):
         both = {which: result.samples[index].get("prediction") for which, result in results.items()}
-        line = {key: sample[key] for key in ("row", "prompt", "reference")}
+        line: dict[str, Any] = {key: sample[key] for key in SAMPLE if key in sample}
         if "run" in both:
             line["prediction"] = both["run"]
         if "base" in both:

@@ -12,12 +12,13 @@ from torch.utils._triton import has_triton
 from reft_cli.data.batch import Layout
 from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import ModelError
+from reft_cli.kinds import PAIRED
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed
 from reft_cli.parallel.collective import size
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
-from reft_cli.tasks.objectives import TASKS
+from reft_cli.tasks.preferences import task_of
 from reft_cli.training.frozen_cache import why_not_cached
 from reft_cli.training.passes import why_not_recorded
 from reft_cli.training.schedule import Order
@@ -59,6 +60,8 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
             checkpointing=spec.train.gradient_checkpointing,
             dropout=bool(model.bank.dropout) or spec.model.dropout,
         )
+        if spec.task.kind in PAIRED:
+            record_reason = f"task.kind {spec.task.kind} is not tried as a recording"
         recorded = record_reason is None
     cached, cache_reason = _choose_caching(
         model, spec, examples, packed=layout == "packed", repeated=steps * batch > len(examples)
@@ -67,10 +70,10 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
 
 
 def _choose_layout(model: IntervenedModel, spec: Spec) -> tuple[Layout, str | None]:
-    wanted, kind = spec.train.layout, spec.task.kind
+    wanted, kind, task = spec.train.layout, spec.task.kind, task_of(spec.task.kind, beta=spec.task.beta)
     if wanted == "padded":
         return "padded", None
-    reason = why_not_packed(model.base_model) if TASKS[kind].can_pack else f"task.kind {kind} reads a row a sequence"
+    reason = why_not_packed(model.base_model) if task.can_pack else f"task.kind {kind} reads a row a sequence"
     if reason is not None and wanted == "packed":
         raise ModelError(f"train.layout: packed would not be exact: {reason}; write auto or padded")
     return ("packed", None) if reason is None else ("padded", reason)

@@ -149,7 +149,7 @@ class Session:
 
     def _verdict(self, values: list[float]) -> str:
         """A head's numbers in words: the likeliest class, or the number."""
-        if self.text.kind == "regression":
+        if self.text.kind in ("regression", "reward"):
             return f"{values[0]:.4f}"
         return (self.text.labels or ())[max(range(len(values)), key=values.__getitem__)]
 

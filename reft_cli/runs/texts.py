@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_cli.checkpoint import TextIdentity
 from reft_cli.data.cache import Tell, cached, silent
-from reft_cli.data.encode import Encoded, Overflow, TaskKind, encode_examples, encode_prompts, fingerprint
+from reft_cli.data.encode import Encoded, Overflow, encode_examples, encode_prompts, fingerprint
 from reft_cli.data.examples import Example
 from reft_cli.data.formats import Format, choose_format, format_from_dict
 from reft_cli.data.mixing import set_apart
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Inline, Template, TextTemplate, choose_template, template_from_dict
 from reft_cli.errors import CheckpointError, Problem, SpecError
+from reft_cli.kinds import PAIRED, WRITING, TaskKind
 from reft_cli.positions import Positions
 from reft_cli.runs.sources import template_of, training_rows
 from reft_cli.spec.quoting import printable
@@ -42,11 +43,12 @@ class TextSide:
     labels: tuple[str, ...] | None
     labels_given: bool
     extraction: RuleName | ExtractionSpec | None = None
+    beta: float | None = None
 
     @property
     def writes(self) -> bool:
         """Whether the model answers with text."""
-        return self.kind == "causal_lm"
+        return self.kind in WRITING
 
     def encode(self, rows: Rows, *, tell: Tell = silent) -> Encoded:
         """Rows with answers or labels as examples, kept ones if there are any; `tell` hears what the cache did."""
@@ -84,9 +86,14 @@ class TextSide:
         return cached(rows.name, key=key, make=make, tell=tell)
 
     def prompts(self, fields: Sequence[Mapping[str, Any]], *, places: Sequence[str] | None = None) -> list[Example]:
-        """Rows without answers, as examples."""
+        """Rows without answers, as examples; a reward model rates answers, so that its rows have one."""
         return encode_prompts(
-            fields, tokenizer=self.tokenizer, template=self.template, task_kind=self.kind, places=places
+            fields,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            task_kind=self.kind,
+            append_eos=self.append_eos,
+            places=places,
         )
 
     def identity(self, metric: str) -> TextIdentity:
@@ -102,6 +109,7 @@ class TextSide:
             max_length=self.max_length,
             on_overflow=self.on_overflow,
             extraction=self.extraction,
+            beta=self.beta,
         )
 
 
@@ -125,27 +133,26 @@ def text_side_of(stored: TextIdentity, *, tokenizer: PreTrainedTokenizerBase, po
         labels=tuple(stored.labels) if stored.labels else None,
         labels_given=stored.labels_given,
         extraction=stored.extraction,
+        beta=stored.beta,
     )
 
 
 def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> TextSide:
     """The text side of a spec, with format and template chosen by the columns of its training rows."""
-    data, columns = spec.data, rows.columns
+    data, columns, kind = spec.data, rows.columns, spec.task.kind
     given = template_of(data)
     data_format = choose_format(
         columns,
         where=rows.where(0),
-        requested=data.format,
+        requested="preference" if kind in PAIRED else data.format,
         mapping=data.columns,
-        any_columns=isinstance(given, Inline) and (given.completion is not None or spec.task.kind != "causal_lm"),
+        any_columns=isinstance(given, Inline) and (given.completion is not None or kind != "causal_lm"),
     )
     return TextSide(
         tokenizer=tokenizer,
         data_format=data_format,
-        template=choose_template(
-            given, data_format=data_format, task_kind=spec.task.kind, columns=columns, tokenizer=tokenizer
-        ),
-        kind=spec.task.kind,
+        template=choose_template(given, data_format=data_format, task_kind=kind, columns=columns, tokenizer=tokenizer),
+        kind=kind,
         positions=Positions.parse(spec.intervention.positions),
         append_eos=data.append_eos,
         max_length=data.max_length,
@@ -153,6 +160,7 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
         labels=tuple(spec.task.labels) if spec.task.labels else None,
         labels_given=spec.task.labels is not None,
         extraction=spec.task.extraction,
+        beta=spec.task.beta,
     )
 
 

@@ -66,7 +66,7 @@ from reft_cli.runs.texts import TrainingData, load_training_data, without_answer
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.spec.resolved import resolved_yaml
 from reft_cli.spec.schema import Spec
-from reft_cli.tasks.objectives import TASKS
+from reft_cli.tasks.preferences import task_of
 from reft_cli.training.budget import is_out_of_memory
 from reft_cli.training.loop import Hooks, Trainer, TrainSettings
 from reft_cli.training.observer import NullObserver, Observer
@@ -230,7 +230,7 @@ class _Work:
         seed_everything(train.seed)
         trainer = Trainer(
             self.model,
-            task=TASKS[spec.task.kind],
+            task=task_of(spec.task.kind, beta=spec.task.beta),
             examples=self.data.train.examples,
             groups=self.data.text.positions.groups(tied=spec.intervention.tied),
             pad_token_id=self.data.text.tokenizer.pad_token_id or 0,
@@ -264,7 +264,7 @@ class _Work:
         if device.type == "cuda" and self.spec.train.micro_batch_size == "auto":
             parts = memory_parts_of(
                 self.model,
-                TASKS[self.spec.task.kind],
+                task_of(self.spec.task.kind, beta=self.spec.task.beta),
                 examples=self.data.train.examples,
                 groups=self.data.text.positions.groups(tied=self.spec.intervention.tied),
                 layout=self.execution.layout,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from reft_cli.kinds import ANSWERED, PAIRED
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.spec.base import Conflict, Fraction, PositiveInt, Section, Words
@@ -340,15 +341,14 @@ class Spec(Section):
                 "data.template",
             )
         for key in self._of_answers():
-            if self.task.kind != "causal_lm":
-                raise Conflict(f"no answer is written with task.kind {self.task.kind}; remove it", key, "task.kind")
+            raise Conflict(f"has no meaning with task.kind {self.task.kind}; remove it", key, "task.kind")
         if self.parallel.shard and self.model.quantization is not None:
             raise Conflict(
                 f"a base in {self.model.quantization} cannot be sharded; leave out one of them",
                 "parallel.shard",
                 "model.quantization",
             )
-        if self.intervention.positions == "generated" and self.task.kind != "causal_lm":
+        if self.intervention.positions == "generated" and self.task.kind not in ANSWERED:
             raise Conflict(
                 f"nothing is generated with task.kind {self.task.kind}; write f7+l7, prompt or all",
                 "intervention.positions",
@@ -356,8 +356,25 @@ class Spec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Spec:
+        kind, pairs = self.task.kind, self.task.kind in PAIRED
+        if self.data.format != "auto" and (self.data.format == "preference") != pairs:
+            wanted = "write auto or preference" if pairs else "write task.kind preference or reward, or another format"
+            raise Conflict(f"{self.data.format} does not fit task.kind {kind}; {wanted}", "data.format", "task.kind")
+        if kind == "preference" and self.model.dropout:
+            raise Conflict(
+                "the reference would be another model in each step; remove it or write another task.kind",
+                "model.dropout",
+                "task.kind",
+            )
+        return self
+
     def _of_answers(self) -> list[str]:
-        """Keys that are given and have a meaning for written answers only."""
-        keys = ["data.few_shot"] if self.data.few_shot else []
-        keys += ["data.on_overflow"] if self.data.on_overflow == "truncate_answer" else []
+        """Keys that are given and have a meaning for written answers only, templates of sources for single ones."""
+        if self.task.kind == "causal_lm":
+            return []
+        answers = self.task.kind in PAIRED
+        keys = ["data.few_shot"] if self.data.few_shot and not answers else []
+        keys += ["data.on_overflow"] if self.data.on_overflow == "truncate_answer" and not answers else []
         return keys + [f"data.{key}.template" for key, source in self.data.sources() if source.template is not None]

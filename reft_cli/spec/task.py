@@ -5,25 +5,31 @@ from __future__ import annotations
 import re
 from collections import Counter
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from reft_cli.kinds import PAIRED, TaskKind
 from reft_cli.spec.base import Conflict, Section
 from reft_cli.suites import SUITES
 
-Kind = Literal["causal_lm", "classification", "regression"]
-KINDS = get_args(Kind)
+KINDS = get_args(TaskKind)
 Metric = Literal[
-    "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "numeric_match", "loss", "perplexity"
+    "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "numeric_match", "loss", "perplexity", "margin"
 ]
 RuleName = Literal["number", "number_strict", "letter", "letter_strict", "arithmetic", "arithmetic_strict"]
 DEFAULT_METRIC: dict[str, Metric] = {
     "causal_lm": "exact_match",
+    "preference": "accuracy",
+    "reward": "accuracy",
     "classification": "accuracy",
     "regression": "pearson",
 }
-FITTING_METRICS: dict[str, tuple[str, ...]] = {  # causal_lm: all
+BETA = 0.1  # of preference tasks: the first of the paper's values, and pyreft's
+FITTING_METRICS: dict[str, tuple[str, ...]] = {
+    "causal_lm": tuple(name for name in get_args(Metric) if name != "margin"),
+    "preference": ("accuracy", "margin", "loss"),
+    "reward": ("accuracy", "margin", "loss"),
     "classification": ("accuracy", "f1", "matthews", "exact_match", "loss"),
     "regression": ("pearson", "spearman", "loss"),
 }
@@ -76,10 +82,13 @@ class TaskSpec(Section):
     """A published task, whose data, prompt, scoring and hyperparameters lie below this file; see `reft tasks`."""
     recipe: str | None = None
     """Which of the suite's recipes, where several are published for the method; see `reft tasks show SUITE`."""
-    kind: Kind = "causal_lm"
-    """causal_lm: loss on the answer's tokens; classification, regression: a head that is trained along."""
+    kind: TaskKind = "causal_lm"
+    """causal_lm: loss on the answer's tokens; preference: chosen answers before rejected ones (DPO); reward: a head
+    that rates answers, from such pairs; classification, regression: a head that is trained along."""
     metric: Metric | None = None
-    """Score of `reft eval`; exact_match for causal_lm, accuracy for classification, pearson for regression."""
+    """Score of `reft eval`; exact_match for causal_lm, pearson for regression, accuracy for the others."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """Of a preference task: how dear it is to leave the base model behind; 0.1 if not given."""
     extraction: RuleName | ExtractionSpec | None = None
     """How the answer is found in generated text; all of it if not given. number: the last one, letter: the first of A
     to E, arithmetic: whichever the reference is, each as published; …_strict: without the mistakes of that rule."""
@@ -102,8 +111,12 @@ class TaskSpec(Section):
         if self.metric is None:
             object.__setattr__(self, "metric", DEFAULT_METRIC[self.kind])
         check_metric(self.metric, self.kind, "metric", "kind")
-        if self.labels and self.kind == "regression":
-            raise Conflict("labels have no meaning for regression; remove them", "labels", "kind")
+        if self.kind == "preference" and self.beta is None:
+            object.__setattr__(self, "beta", BETA)
+        if self.beta is not None and self.kind != "preference":
+            raise Conflict(f"beta has no meaning for {self.kind}; remove it", "beta", "kind")
+        if self.labels and self.kind in ("regression", *PAIRED):
+            raise Conflict(f"labels have no meaning for {self.kind}; remove them", "labels", "kind")
         if self.extraction is not None and self.kind != "causal_lm":
             raise Conflict(f"nothing is generated with task.kind {self.kind}; remove it", "extraction", "kind")
         if self.recipe is not None and self.suite is None:
@@ -121,7 +134,7 @@ class TaskSpec(Section):
 
 def check_metric(metric: str | None, kind: str, *keys: str) -> None:
     """Conflict between `keys` if a metric cannot score this kind of task."""
-    fitting = FITTING_METRICS.get(kind)
-    if metric is not None and fitting is not None and metric not in fitting:
+    fitting = FITTING_METRICS[kind]
+    if metric is not None and metric not in fitting:
         shown = ", ".join(name for name in fitting[:-1] if name != "exact_match")
         raise Conflict(f"{metric} does not fit task.kind {kind}; write {shown} or {fitting[-1]}", *keys)

@@ -218,7 +218,7 @@ class Trainer:
         with together():
             for each, share in passes:
                 total += self.passes(each, share)
-        self.progress.tokens += int(batch.examples.lengths.sum())
+        self.progress.tokens += batch.examples.token_count
         self.model.bank.backpropagate()
         add_up([*all_gradients(self.model), total])
         self.scaler.unscale_(self.optimizer)

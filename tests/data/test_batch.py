@@ -44,6 +44,35 @@ def test_packed_rows_and_targets():
     assert batch.answer_rows.tolist() == [4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_batch_of_pairs_is_that_of_its_sequences(layout: Layout, labelled: bool):
+    chosen = [example(5, 2, row=1), example(3, 4, row=2)]
+    rejected = [replace(example(5, 6, row=5), row=1), replace(example(2, 1, row=6), row=2)]
+    paired = [replace(one, rejected=other) for one, other in zip(chosen, rejected, strict=True)]
+    if labelled:
+        paired = [replace(each, label=1) for each in paired]
+    batch = build_batch(paired, groups=GROUPS, layout=layout, pad_token_id=1)
+    assert batch.pairs == 2
+    if labelled:  # every token is read
+        flat = (
+            batch.inputs["input_ids"][batch.inputs["attention_mask"] == 1]
+            if layout == "padded"
+            else batch.inputs["input_ids"][0]
+        )
+        assert flat.tolist() == [token for each in (*chosen, *rejected) for token in each.input_ids]
+        assert batch.labels is not None and batch.labels.tolist() == [1, 1, 0, 0]
+        assert len(batch.targets) == 0
+        return
+    single = build_batch([*chosen, *rejected], groups=GROUPS, layout=layout, pad_token_id=1)
+    for one, other in ((batch.rows["f3+l3"], single.rows["f3+l3"]), (batch.targets, single.targets)):
+        assert one.tolist() == other.tolist()
+    assert batch.inputs["input_ids"].tolist() == single.inputs["input_ids"].tolist()
+    assert batch.answer_rows.tolist() == single.answer_rows.tolist()
+    assert batch.owners is not None and batch.owners.tolist() == [0] * 2 + [1] * 4 + [2] * 6 + [3]
+    assert single.owners is None and single.pairs == 0
+
+
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=8),
     text=st.sampled_from(["f3+l3", "f1", "l7", "all", "prompt", "generated"]),

@@ -26,7 +26,25 @@ def examples(draw):
     return made
 
 
-@given(examples(), st.randoms())
+@st.composite
+def pairs(draw):
+    label = draw(st.sampled_from([None, 1]))
+    made = []
+    for row in range(1, draw(st.integers(0, 6)) + 1):
+        ids, other = draw(IDS), draw(IDS)
+        one = Example(ids, draw(st.integers(0, len(ids))), label, draw(TEXTS), draw(TEXTS), row)
+        second = replace(
+            one,
+            input_ids=other,
+            prompt_length=draw(st.integers(0, len(other))),
+            completion=draw(TEXTS),
+            label=None if label is None else 0,
+        )
+        made.append(replace(one, rejected=second))
+    return made
+
+
+@given(examples() | pairs(), st.randoms())
 def test_columns_give_back_each_example(given_ones, random):
     columns = Examples.of(given_ones)
     assert list(columns) == given_ones and columns == given_ones
@@ -41,8 +59,32 @@ def test_columns_give_back_each_example(given_ones, random):
         replace(each, input_ids=each.input_ids[:5], token_types=each.token_types and each.token_types[:5])
         for each in given_ones
     ]
-    assert columns.cut_at(5) == short
-    assert columns.longest_first() == sorted(given_ones, key=lambda each: (-len(each.input_ids), each.row))
+    assert [each.input_ids for each in columns.cut_at(5)] == [each.input_ids for each in short]
+    assert columns.longest_first() == sorted(given_ones, key=lambda each: (-each.size, each.row))
+    assert columns.longest.tolist() == [each.longest for each in given_ones]
+    assert columns.sizes.tolist() == [each.size for each in given_ones]
+
+
+@given(pairs())
+def test_sequences_of_pairs_are_the_chosen_ones_and_then_the_rejected_ones(given_ones):
+    columns = Examples.of(given_ones)
+    if not given_ones:
+        return
+    sides = [*given_ones, *(each.rejected for each in given_ones)]
+    found = columns.sequences()
+    assert found.tokens is columns.tokens and found.rejected is None
+    for sequence, side in zip(found, sides, strict=True):
+        assert (sequence.input_ids, sequence.prompt_length) == (side.input_ids, side.prompt_length)
+        assert (sequence.label, sequence.row) == (side.label, side.row)
+    assert columns.token_count == sum(len(side.input_ids) for side in sides)
+    assert [each.rejected.input_ids for each in columns.cut_at(3)] == [
+        each.rejected.input_ids[:3] for each in given_ones
+    ]
+
+
+def test_sequences_of_others_are_themselves():
+    columns = Examples.of([Example([1, 2], 1, None, "a", "b", 1)])
+    assert columns.sequences() is columns and columns.token_count == 2
 
 
 def test_a_generator_is_read_once_and_columns_are_taken_as_they_are():

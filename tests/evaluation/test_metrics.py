@@ -15,9 +15,9 @@ from reft_cli.evaluation.metrics import (
     score_numbers,
     score_texts,
 )
-from reft_cli.spec.task import FITTING_METRICS, Metric
+from reft_cli.spec.task import FITTING_METRICS
 
-METRICS = Metric.__args__
+METRICS = FITTING_METRICS["causal_lm"]  # `margin` is of pairs alone: test_pair_scores.py
 GUESSES, TRUTHS = ["yes", "no ", " yes", "Yes"], ["yes", "yes", "no", "yes\n"]
 
 

@@ -1,0 +1,111 @@
+"""Preference and reward runs from the spec to scores: margins rise, checkpoints give the same scores again."""
+
+import json
+import math
+import random
+
+import pytest
+
+from reft_cli import runs
+from reft_cli.errors import DataError
+from reft_cli.training.observer import NullObserver
+
+WORDS = ("film", "food", "place", "song", "trip")
+
+
+def rows(count, seed):
+    """The chosen answer ends with `good`, the rejected one with `bad`."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        thing = draw.choice(WORDS)
+        made.append({"prompt": f"The {thing}:", "chosen": f" {thing} good", "rejected": f" {thing} bad"})
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    for split, count, seed in (("train", 24, 0), ("validation", 8, 1), ("test", 10, 2)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count, seed)))
+    return folder
+
+
+def sets(pairs, *more):
+    splits = (f"data.{split}={pairs}/{split}.jsonl" for split in ("train", "validation", "test"))
+    return (
+        *splits,
+        "data.template=null",
+        "intervention.positions=all",
+        "train.epochs=10",
+        "train.learning_rate=3e-2",
+        *more,
+    )
+
+
+def scores(run, **how):
+    return runs.evaluate(run, observer=NullObserver(), device="cpu", **how)
+
+
+@pytest.mark.parametrize("task", ["{kind: preference, beta: 0.5}", "{kind: reward}"])
+def test_margin_and_accuracy_rise_on_held_out_pairs(trained, pairs, task):
+    run = trained(*sets(pairs, f"task={task}", "checkpoint.best=loss"))
+    report = scores(run, base="compare")
+    assert set(report.metrics) == {"loss", "accuracy", "margin"} and report.metric == "accuracy"
+    assert report.metrics["accuracy"] == 1.0 > report.base_metrics["accuracy"] - 0.01
+    assert report.metrics["margin"] > report.base_metrics["margin"] + 0.5
+    assert report.metrics["loss"] < 0.4
+    if "preference" in task:
+        assert report.base_metrics == {"loss": pytest.approx(math.log(2)), "accuracy": 0.5, "margin": 0.0}
+    line = json.loads(next((run / "eval").glob("*.samples.jsonl")).read_text().splitlines()[0])
+    assert line["reference"].endswith("good") and line["rejected"].endswith("bad") and line["prediction"] > 0
+    assert scores(run, batch_size=1).metrics["margin"] == pytest.approx(report.metrics["margin"], abs=1e-5)
+
+
+def test_micro_batches_and_resuming_change_nothing(make_spec, pairs, tmp_path, observer):
+    given = sets(pairs, "task={kind: preference}", "train.epochs=2", "data.validation=null")
+    runs.train(make_spec(*given), output=tmp_path / "whole", observer=observer)
+    runs.train(make_spec(*given, "train.micro_batch_size=1"), output=tmp_path / "cut", observer=NullObserver())
+    runs.train(make_spec(*given, "train.layout=padded"), output=tmp_path / "padded", observer=NullObserver())
+    runs.train(
+        make_spec(*given, "checkpoint.every=3"), output=tmp_path / "part", max_steps=None, observer=NullObserver()
+    )
+    whole = scores(tmp_path / "whole").metrics
+    for name in ("cut", "padded", "part"):
+        assert scores(tmp_path / name).metrics == pytest.approx(whole, rel=1e-3), name
+    resumed = runs.train(
+        make_spec(*given, "checkpoint.every=3"), output=tmp_path / "part", resume="3", observer=NullObserver()
+    )
+    assert resumed.step == 6
+    assert scores(tmp_path / "part").metrics == pytest.approx(whole, rel=1e-3)
+    assert observer.steps[-1].tokens == 2 * sum(
+        len(f"{row['prompt']}{row[each]}") + 1 for row in rows(24, 0) for each in ("chosen", "rejected")
+    )
+
+
+def test_a_preference_run_writes_and_a_reward_run_rates(trained, pairs):
+    with runs.open_run(
+        trained(*sets(pairs, "task={kind: preference, beta: 0.5}", "checkpoint.best=loss")), device="cpu"
+    ) as session:
+        (answer,) = session.answer(["The film:"], settings={"max_new_tokens": 3})
+        assert answer.tokens <= 3 and session.checkpoint.manifest.text.beta == 0.5
+    with runs.open_run(trained(*sets(pairs, "task={kind: reward}", "checkpoint.best=loss")), device="cpu") as session:
+        asked = [{"prompt": "The film:", "chosen": f" film {word}"} for word in ("good", "bad")]
+        good, bad = (float(answer.text) for answer in session.answer(asked, settings={}))
+        assert good > bad
+        with pytest.raises(DataError, match="no column `chosen`"):
+            session.answer(["The film:"], settings={})
+
+
+def test_check_shows_both_answers(make_spec, pairs):
+    report = runs.check(make_spec(*sets(pairs, "task={kind: preference}")), rows=2)
+    texts = ["".join(token.text for token in row.tokens) for row in report.rows]
+    assert [row.row for row in report.rows] == [1, 1, 2, 2]
+    assert "good" in texts[0] and "bad" in texts[1]
+    assert report.model.execution.record_reason == "task.kind preference is not tried as a recording"
+
+
+def test_solved_pairs_go_before_the_prompt(make_spec, pairs):
+    report = runs.check(make_spec(*sets(pairs, "task={kind: preference}", "data.few_shot=1")), with_model=False)
+    text = "".join(token.text for token in report.rows[0].tokens)
+    assert text.count("The ") == 2 and text.count("good") == 2
