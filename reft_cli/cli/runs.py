@@ -1,4 +1,4 @@
-"""`reft runs`: the runs in a folder, one of them in full, and what two differ in. Reads files, never tensors."""
+"""`reft runs`: the runs in a folder, one in full, what two differ in, and their curves. Reads files, never tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reft_cli.cli import console, options
+from reft_cli.cli.curves import VALIDATION, Curve, curves_of, drawn, write_picture
 from reft_cli.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ LESS_IS_BETTER = ("loss", "perplexity")
 
 app = typer.Typer(
     name="runs",
-    help="List runs, show one, compare two.",
+    help="List runs, show one, compare two, plot some.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -77,6 +78,43 @@ def show_run(run: Run, as_json: options.AsJson = False) -> None:
         if key not in {"reft_run", "name", "attempts"} and key not in row
     }
     console.result_table(["", ""], [[key, _cell(value)] for key, value in (lines | _flat(facts)).items()])
+    for name, curve in curves_of(folder).items():
+        if len(curve) > 1:
+            console.result("\n".join(["", *drawn(name, curve)]))
+
+
+@app.command("plot")
+def plot_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The picture (.png, .svg, .pdf); curves.png in a lone run, else here."),
+    ] = None,
+    metric: Annotated[
+        list[str], typer.Option("--metric", help="Only this curve, e.g. loss. May be repeated.", metavar="NAME")
+    ] = [],  # noqa: B006  Typer reads the default and never hands it out
+    as_json: options.AsJson = False,
+) -> None:
+    """Write the curves of loss and validation scores as a picture."""
+    folders = [_open(run) for run in runs]
+    curves = {str(folder.path): _chosen(curves_of(folder), metric) for folder in folders}
+    if not any(curves.values()):
+        raise SpecError(f"{runs[0]} has no step in its metrics.jsonl yet; there is nothing to plot")
+    path = output or (folders[0].path if len(folders) == 1 else Path()) / "curves.png"
+    write_picture(path, curves)
+    if as_json:
+        console.result_json({"path": str(path), "curves": curves})
+    else:
+        console.result(str(path))
+
+
+def _chosen(curves: dict[str, Curve], wanted: list[str]) -> dict[str, Curve]:
+    """The curves that were asked for; `validation_loss` is `validation loss` too."""
+    names = [name.replace("_", " ", 1) if name.startswith(VALIDATION) else name for name in wanted]
+    for given, name in zip(wanted, names, strict=True):
+        if curves and name not in curves:
+            raise SpecError(f"--metric {given}: a run has no such curve; it has {', '.join(curves)}")
+    return {name: curve for name, curve in curves.items() if not names or name in names}
 
 
 @app.command("diff")
