@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +16,14 @@ import numpy as np
 import tokenizers
 
 from reft_cli import __version__
+from reft_cli.data.answers import Answered, Ending, answered, paired, refuse_empty
 from reft_cli.data.examples import Example as Example  # what encoding gives, so it may be had from here too
 from reft_cli.data.examples import Examples
 from reft_cli.data.formats import Format
 from reft_cli.data.labels import class_number, find_classes, number
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Template
-from reft_cli.data.tokens import Cut, TextTokenizer, text_tokenizer
+from reft_cli.data.tokens import TextTokenizer, text_tokenizer
 from reft_cli.errors import DataError, Problem, SpecError
 from reft_cli.kinds import ANSWERED, PAIRED, WRITING, TaskKind
 from reft_cli.positions import Positions
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 Overflow = Literal["error", "drop", "truncate_prompt", "truncate_answer"]
 VERSION = 3  # raise it whenever the same rows would give other examples, because of a change anywhere in reft_cli.data
-CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads, small enough to keep offsets off the memory
 
 
 @dataclass(frozen=True)
@@ -95,29 +95,19 @@ def encode_examples(
         )
     fields = [data_format.fields_of(row, where=rows.where(index)) for index, row in enumerate(rows.rows)]
     known = None
-    if task_kind == "causal_lm":
-        examples, spanning, differing = _answers(
-            fields, rows.numbers, _places(rows), text=text, template=template, append_eos=append_eos
-        )
-        _refuse_empty(examples, name=rows.name, eos=text.eos_token_id if append_eos else None)
-    elif task_kind in PAIRED:
-        examples, spanning, differing = _pairs(
-            fields,
-            rows,
-            data_format,
-            text=text,
-            template=template,
-            append_eos=append_eos,
-            labelled=task_kind == "reward",
+    if task_kind in ANSWERED:
+        made = _with_answers(
+            rows, fields, data_format=data_format, text=text, template=template, kind=task_kind, append_eos=append_eos
         )
     else:
         labels, known = _labels(rows, fields, kind=task_kind, classes=classes, given=classes_given)
         prompts = _prompts(fields, rows.numbers, text=text, template=template, whole=True, places=_places(rows))
-        examples = Examples.of(replace(prompt, label=label) for prompt, label in zip(prompts, labels, strict=True))
-        spanning, differing = [], []
+        labelled = (replace(prompt, label=label) for prompt, label in zip(prompts, labels, strict=True))
+        made = Answered(Examples.of(labelled), [], [])
+    examples = made.examples
     if rows.sources is not None:
-        named = zip(examples, rows.sources, strict=True)
-        examples = Examples.of(replace(each, source=name) for each, name in named)
+        named = dict(zip(rows.numbers, rows.sources, strict=True))
+        examples = Examples.of(replace(each, source=named[each.row]) for each in examples)
     kept, dropped, cut = fit(
         examples,
         special=(len(text.prefix), 0 if task_kind in ANSWERED else len(text.suffix)),
@@ -131,8 +121,8 @@ def encode_examples(
         used=len(kept),
         dropped=notice(dropped),
         cut=notice(cut),
-        spanning=notice(spanning),
-        differing=notice(differing),
+        spanning=notice(made.spanning),
+        differing=notice(made.differing),
     )
     return Encoded(rows.name, kept, counts, known)
 
@@ -154,10 +144,9 @@ def encode_prompts(
     text, numbers = text_tokenizer(tokenizer), numbers or range(1, len(fields) + 1)
     places = places or [f"prompt {index}" for index in numbers]
     if task_kind == "reward":
-        examples, _, _ = _answers(
-            fields, numbers, places, text=text, template=template, **_end_of_rated(text, append_eos)
-        )
-        return [replace(each, label=1) for each in examples]
+        ending = Ending.of(text, append_eos=append_eos, rated=True)
+        made = answered(fields, numbers, places, text=text, template=template, ending=ending)
+        return [replace(each, label=1) for each in made.examples]
     return _prompts(fields, numbers, text=text, template=template, whole=task_kind not in WRITING, places=places)
 
 
@@ -182,8 +171,8 @@ def fit(
     if on_overflow == "truncate_answer":
         return _ends_cut(columns, max_length=max_length, name=name)
     first, last = max(positions.first, special[0]), max(positions.last, special[1])
-    shortened = {example.row: cut_middle(example, max_length=max_length, first=first, last=last) for example in long}
-    hopeless = [example for example in long if shortened[example.row] is None]
+    shortened = [cut_middle(example, max_length=max_length, first=first, last=last) for example in long]
+    hopeless = [example for example, cut in zip(long, shortened, strict=True) if cut is None]
     if on_overflow == "error" or (on_overflow == "truncate_prompt" and hopeless):
         raise _too_long(
             long if on_overflow == "error" else hopeless,
@@ -197,7 +186,9 @@ def fit(
         kept = columns.take(np.flatnonzero(~over))
         _refuse_none(kept, name=name, max_length=max_length)
         return kept, long.rows.tolist(), []
-    return Examples.of(shortened.get(example.row) or example for example in columns), [], long.rows.tolist()
+    cuts = iter(shortened)
+    fitting = ((next(cuts) if is_over else example) or example for example, is_over in zip(columns, over, strict=True))
+    return Examples.of(fitting), [], long.rows.tolist()
 
 
 def _ends_cut(examples: Examples, *, max_length: int, name: str) -> tuple[Examples, list[int], list[int]]:
@@ -272,86 +263,6 @@ def notice(rows: Sequence[int]) -> Notice:
     return Notice(len(rows), rows[0] if rows else None)
 
 
-def _pairs(
-    fields: Sequence[Mapping[str, Any]],
-    rows: Rows,
-    data_format: Format,
-    *,
-    text: TextTokenizer,
-    template: Template,
-    append_eos: bool,
-    labelled: bool,
-) -> tuple[Examples, list[int], list[int]]:
-    """As `_answers`, with the rejected answers in the place of the chosen ones for the second sequence of each pair."""
-    end: dict[str, Any] = _end_of_rated(text, append_eos) if labelled else {"append_eos": append_eos}
-    sides = [
-        _answers(side, rows.numbers, _places(rows), text=text, template=template, **end)
-        for side in (fields, [data_format.rejected_first(each) for each in fields])
-    ]
-    (chosen, *noted), (rejected, *noted_too) = sides
-    _refuse_empty(chosen, name=rows.name, eos=text.eos_token_id if append_eos else None)
-    _refuse_empty(rejected, name=rows.name, eos=text.eos_token_id if append_eos else None)
-    label = 1 if labelled else None
-    examples = Examples.of(
-        replace(one, rejected=replace(other, reference=one.reference), label=label)
-        for one, other in zip(chosen, rejected, strict=True)
-    )
-    if all(each.rejected is not None and each.completion == each.rejected.completion for each in examples):
-        raise DataError(
-            f"{rows.name}: the two answers of every row are the same text; data.template.completion has to use "
-            f"{{{data_format.answer}}}, in whose place the rejected answer is put"
-        )
-    spanning, differing = (sorted({*one, *other}) for one, other in zip(noted, noted_too, strict=True))
-    return examples, spanning, differing
-
-
-def _end_of_rated(text: TextTokenizer, append_eos: bool) -> dict[str, Any]:
-    """How a rated answer ends: with the tokenizer's own last tokens, else with the end of the sequence."""
-    return {"append_eos": append_eos and not text.suffix and text.eos_token_id is not None, "closing": text.suffix}
-
-
-def _answers(
-    fields: Sequence[Mapping[str, Any]],
-    numbers: Sequence[int],
-    places: Sequence[str],
-    *,
-    text: TextTokenizer,
-    template: Template,
-    append_eos: bool,
-    closing: Sequence[int] = (),
-) -> tuple[Examples, list[int], list[int]]:
-    """(examples, rows with a token across the boundary, rows whose prompt alone has other tokens)."""
-    prompts = [template.render_prompt(each, where=where) for each, where in zip(fields, places, strict=True)]
-    answers = [template.render_completion(each, where=where) for each, where in zip(fields, places, strict=True)]
-    truths = [template.render_reference(each, where=where) for each, where in zip(fields, places, strict=True)]
-    prefix = text.prefix if template.special_tokens else []
-    end = text.eos_token_id if append_eos else None
-    spanning: list[int] = []
-    differing: list[int] = []
-
-    def examples() -> Iterator[Example]:
-        cuts = _cuts(text, prompts, answers)
-        for cut, prompt, answer, truth, row in zip(cuts, prompts, answers, truths, numbers, strict=True):
-            ids = prefix + cut.ids
-            ended = end in cut.ids[cut.boundary :] if not template.special_tokens else cut.ids[-1:] == [end]
-            if end is not None and not ended:
-                ids.append(end)
-            ids += closing if template.special_tokens else ()
-            if cut.spans:
-                spanning.append(row)
-            elif cut.differs:
-                differing.append(row)
-            yield Example(ids, len(prefix) + cut.boundary, None, prompt, answer, row, reference=truth)
-
-    return Examples.of(examples()), spanning, differing
-
-
-def _cuts(text: TextTokenizer, prompts: Sequence[str], answers: Sequence[str]) -> Iterator[Cut]:
-    for start in range(0, len(prompts), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        yield from text.cut(prompts[chunk], answers[chunk])
-
-
 def _prompts(
     fields: Sequence[Mapping[str, Any]],
     numbers: Sequence[int],
@@ -379,6 +290,36 @@ def _prompts(
     ]
 
 
+def _with_answers(
+    rows: Rows,
+    fields: Sequence[Mapping[str, Any]],
+    *,
+    data_format: Format,
+    text: TextTokenizer,
+    template: Template,
+    kind: TaskKind,
+    append_eos: bool,
+) -> Answered:
+    """Rows of a kind of task that has answers in words."""
+    places = _places(rows)
+    ending = Ending.of(text, append_eos=append_eos, rated=kind == "reward")
+    if kind in PAIRED:
+        return paired(
+            fields,
+            rows.numbers,
+            places,
+            name=rows.name,
+            data_format=data_format,
+            text=text,
+            template=template,
+            ending=ending,
+            labelled=kind == "reward",
+        )
+    made = answered(fields, rows.numbers, places, text=text, template=template, ending=ending)
+    refuse_empty(made.examples, name=rows.name, eos=ending.eos)
+    return made
+
+
 def _labels(
     rows: Rows, fields: Sequence[Mapping[str, Any]], *, kind: TaskKind, classes: Sequence[str] | None, given: bool
 ) -> tuple[Sequence[int | float], tuple[str, ...] | None]:
@@ -398,21 +339,6 @@ def _labels(
 
 def _places(rows: Rows) -> list[str]:
     return [rows.where(index) for index in range(len(rows))]
-
-
-def _refuse_empty(examples: Examples, *, name: str, eos: int | None) -> None:
-    """DataError if rows have nothing to learn but the end of the sequence."""
-    nothing = examples.learned < 1
-    if eos is not None:
-        last = examples.tokens[examples.spans[:, 1] - 1]
-        nothing |= (examples.lengths - examples.prompt_lengths == 1) & (last == eos)
-    empty = examples.rows[nothing].tolist()
-    if empty:
-        rows = "1 row has" if len(empty) == 1 else f"{len(empty):,} rows have"
-        raise DataError(
-            f"{name}: {rows} no token to learn from (answer empty, first: row {empty[0]}). "
-            + ("Training on them gives loss 0 or NaN." if eos is None else "Training on them teaches to say nothing.")
-        )
 
 
 def _too_long(

@@ -49,9 +49,33 @@ class Format:
                 raise DataError(f"{where}: no column `{self.columns.get(name, name)}`; the row has {_listed(row)}")
             if name == "messages":
                 fields[name] = self._messages(fields[name], where=where)
-            elif as_text(fields[name]) is None:
+            elif not self._is_several(name, fields[name]) and as_text(fields[name]) is None:
                 raise DataError(f"{where}: column `{self.columns.get(name, name)}` {not_text(fields[name])}")
         return fields
+
+    def _is_several(self, name: str, value: object) -> bool:
+        """Whether it is a pair's answer as a list of texts."""
+        is_answer = self.rejected is not None and name in (self.answer, self.rejected)
+        texts = isinstance(value, list) and bool(value) and all(as_text(each) is not None for each in value)
+        return is_answer and texts
+
+    def split(self, fields: Mapping[str, Any], *, where: str) -> list[Fields]:
+        """The fields of a pair; where its answers are lists, of the first with the first, the second with the second.
+
+        What one list has more is left out. DataError: one is a list and the other is not.
+        """
+        assert self.answer is not None and self.rejected is not None, "a pair has two answers"
+        several = [isinstance(fields[name], list) for name in (self.answer, self.rejected)]
+        if not any(several):
+            return [dict(fields)]
+        if not all(several):
+            names = [self.columns.get(name, name) for name in (self.answer, self.rejected)]
+            raise DataError(f"{where}: of the columns {' and '.join(names)} one holds a list and the other does not")
+        found = []
+        for chosen, rejected in zip(fields[self.answer], fields[self.rejected], strict=False):
+            answer, other = ({name, self.columns.get(name, name)} for name in (self.answer, self.rejected))
+            found.append(dict(fields) | dict.fromkeys(answer, chosen) | dict.fromkeys(other, rejected))
+        return found
 
     def rejected_first(self, fields: Mapping[str, Any]) -> Fields:
         """The fields of a pair with the rejected answer in the place of the chosen one."""

@@ -85,6 +85,22 @@ def test_a_reward_is_asked_for_a_prompt_with_its_answer():
         encode_prompts([{"prompt": "a"}], **made)
 
 
+def test_lists_of_answers_are_a_pair_each():
+    listed = [
+        {"prompt": "a", "chosen": [" b", " c", " d"], "rejected": [" x", " y"]},
+        {"prompt": "e", "chosen": [" f"], "rejected": [" z", " w"]},
+    ]
+    encoded = encode(listed)
+    found = [(each.row, each.completion, each.rejected.completion) for each in encoded.examples]
+    assert found == [(1, " b", " x"), (1, " c", " y"), (2, " f", " z")]
+    assert (encoded.counts.read, encoded.counts.used) == (2, 3)
+    other = [{"q": row["prompt"], "win": row["chosen"], "lose": row["rejected"]} for row in listed]
+    mapping = {"prompt": "q", "chosen": "win", "rejected": "lose"}
+    again = encode(other, template=Inline("{q}", "{win}"), mapping=mapping)
+    assert [each.completion for each in again.examples] == [" b", " c", " f"]
+    assert [each.rejected.completion for each in again.examples] == [" x", " y", " z"]
+
+
 LONG = [
     {"prompt": "a " * 40, "chosen": " good", "rejected": " bad" * 5},
     {"prompt": "a b", "chosen": " good", "rejected": " bad" * 60},
@@ -128,6 +144,13 @@ def test_a_cut_prompt_is_the_same_for_both_answers():
         ([{"prompt": "a", "chosen": "b", "rejected": ""}], {}, "p.jsonl: 1 row has no token to learn from"),
         ([{"prompt": "a", "chosen": "b"}], {}, "format `preference` needs columns prompt, chosen, rejected; found"),
         ([{"prompt": "a", "win": "b", "lose": "c"}], {}, "Map them: columns: {chosen: win, rejected: lose}"),
+        (
+            [{"prompt": "a", "chosen": ["b"], "rejected": "c"}],
+            {},
+            "of the columns chosen and rejected one holds a list",
+        ),
+        ([{"prompt": "a", "chosen": ["b", None], "rejected": ["c"]}], {}, "p.jsonl:1: column `chosen` holds a list"),
+        ([{"prompt": "a", "chosen": [], "rejected": ["c"]}], {}, "p.jsonl:1: column `chosen` holds a list, not text"),
         ([{"prompt": "a", "chosen": "b", "rejected": None}], {}, "p.jsonl:1: column `rejected` is null"),
     ],
 )
