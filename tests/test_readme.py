@@ -32,11 +32,11 @@ def test_the_quickstart_is_shown_as_it_is():
 
 
 def test_there_are_specs_and_commands():
-    assert len(SPECS) == 4
+    assert len(SPECS) == 5
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("text", SPECS[1:], ids=["every section", "hub model", "suite"])
+@pytest.mark.parametrize("text", SPECS[1:], ids=["every section", "hub model", "suite", "pairs"])
 def test_specs_load(text: str, tmp_path: Path):
     (tmp_path / "base.yaml").write_text("train: {log_every: 5}\n")
     path = tmp_path / "spec.yaml"

@@ -243,7 +243,8 @@ def fingerprint(
 
     The first row as rendered is part of it: a chat template may write today's date. DataError: it cannot be rendered.
     """
-    first, place = data_format.fields_of(rows.rows[0], where=rows.where(0)), rows.where(0)
+    place = rows.where(0)
+    first = data_format.single(data_format.fields_of(rows.rows[0], where=place), where=place)
     parts = {
         "version": (VERSION, __version__, tokenizers.__version__),
         "rows": rows.fingerprint,

@@ -53,6 +53,10 @@ class Format:
                 raise DataError(f"{where}: column `{self.columns.get(name, name)}` {not_text(fields[name])}")
         return fields
 
+    def single(self, fields: Fields, *, where: str) -> Fields:
+        """The fields of which one prompt and one answer can be written: of a pair with several answers, the first."""
+        return fields if self.rejected is None else self.split(fields, where=where)[0]
+
     def _is_several(self, name: str, value: object) -> bool:
         """Whether it is a pair's answer as a list of texts."""
         is_answer = self.rejected is not None and name in (self.answer, self.rejected)

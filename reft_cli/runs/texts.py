@@ -202,7 +202,7 @@ def _after(shots: Rows, text: TextSide) -> Template:
     solved = []
     for index, row in enumerate(shots.rows):
         where = shots.where(index)
-        fields = text.data_format.fields_of(row, where=where)
+        fields = text.data_format.single(text.data_format.fields_of(row, where=where), where=where)
         prompt, answer = template.render_prompt(fields, where=where), template.render_completion(fields, where=where)
         solved.append(f"{prompt}{answer}\n\n")
     return template.after("".join(solved))

@@ -79,6 +79,11 @@ def datasets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     asked = [{"instruction": f"Say {n}", "output": f"{n}", "dataset": "x", "generator": "y"} for n in range(5)]
     write(folder / "alpaca_eval/test.json", asked)
+    answers = {"correct_answers": ["Yes.", "Yes, always."], "incorrect_answers": ["No.", "Never.", "Who knows?"]}
+    truths = [{"type": "x", "question": f"Is it {n}?", "best_answer": "Yes."} | answers for n in range(ROWS)]
+    write(folder / "truthful_qa/validation.jsonl", truths, lines=True)
+    rated = [{"prompt": f"Say {n}", "chosen": f"{n}", "rejected": "no"} for n in range(2 * ROWS)]
+    write(folder / "synthetic-instruct-gptj-pairwise/train.jsonl", rated, lines=True)
     for name in ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"):
         validation = "validation_matched" if name == "mnli" else "validation"
         for split in ("train", validation):
@@ -118,12 +123,14 @@ def run_suite(bases: dict[str, Path], datasets_folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_suite_trains_and_is_scored_on_local_rows(suite: str, run_suite: Callable[..., EvalReport]):
-    sets = ["intervention.layers=[1]"] if suite == "instruct" else []
+    sets = ["intervention.layers=[1]"] if suite in ("instruct", "preference/truthfulqa") else []
+    sets += ['data.template={prompt: "{prompt}\\n", completion: "{chosen}"}'] if suite.startswith("reward/") else []
     report = run_suite(suite, *sets)
     metric = "loss" if suite == "instruct" else report.metric
     assert set(report.metrics) >= {"loss", metric}
     sets_scored = [name for name in report.metrics if name.startswith(f"{metric}/")]
     expected = {"commonsense": (8, 80), "arithmetic": (4, 40), "instruct": (0, 5)}
+    expected |= {"preference/truthfulqa": (0, 4), "reward/synthetic_instruct": (0, 1)}  # two questions of two pairs
     rows = 5 if suite.startswith("glue/") else ROWS
     assert (len(sets_scored), report.rows) == expected.get(suite, (0, rows))
     if sets_scored:
@@ -191,6 +198,7 @@ TEXTS: dict[tuple[str, ...], tuple[str, str, str | None]] = {
     ("instruct",): (ALPACA_WITH_INPUT.format("Say 1", "x"), "1", None),
     ("instruct", "intervention.method=red"): ("Human: Say 1\n\nAssistant: ", "1", None),
     ("glue/qnli",): ("a text 1", "", None),
+    ("preference/truthfulqa",): ("[INST] Is it 0? [/INST]", " Yes, always.", None),
 }
 
 

@@ -23,7 +23,7 @@ def spec_of(folder: Path, text: str, *sets: str) -> Spec:
 
 
 def test_how_many_there_are():
-    assert len(SUITES) == 26 and len(RECIPES) == 119
+    assert len(SUITES) == 28 and len(RECIPES) == 121
     assert all(name == suite.name for name, suite in SUITES.items())
 
 
@@ -79,6 +79,8 @@ def numbers(spec: Spec) -> tuple[Any, ...]:
         ("instruct", "loreft", ([3, 9, 18, 24], "f5+l5", 4, False, 0.0, 9e-4, 0.0, 9, 128)),
         ("{suite: instruct, recipe: half}", "loreft", ([3, 9, 18, 24], "f5+l5", 2, False, 0.0, 9e-4, 0.0, 9, 128)),
         ("instruct", "red", ("all", "all", None, True, 0.0, 2e-5, 0.1, 3, 128)),
+        ("preference/truthfulqa", "loreft", ([18, 28], "f1+l1", 4, True, 0.0, 1e-3, 0.0, 3, 10)),
+        ("reward/synthetic_instruct", "loreft", ("all", "f1+l1", 1, False, 0.0, 5e-5, 0.0, 1, 256)),
         ("glue/sst2", "loreft", ("all", "f3", 1, True, 0.1, 6e-4, 0.1, 40, 32)),
         ("{suite: glue/cola, recipe: large}", "loreft", ("all", "f3", 1, True, 0.2, 1e-4, 0.2, 30, 32)),
         ("glue/rte", "direft", ("all", "f1", 1, True, 0.0, 9e-4, 0.0, 60, 8)),
