@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +27,8 @@ class Task(StrEnum):
     """Kinds of task that there is a starting spec for."""
 
     causal_lm = "causal_lm"
+    preference = "preference"
+    reward = "reward"
     classification = "classification"
     regression = "regression"
 
@@ -42,8 +44,7 @@ def init(
 ) -> None:
     """Write a commented spec that trains as it stands."""
     files = {output: spec_text(task, model=model, path=output), output.parent / SCHEMA_FILE: _schema_text()}
-    if task is Task.regression:
-        files |= {output.parent / name: text for name, text in _numbered_reviews().items()}
+    files |= {output.parent / name: text for name, text in _data_of(task).items()}
     present = [path for path, text in files.items() if path.exists() and not _holds(path, text)]
     if present and not force:
         raise SpecError(f"{present[0]} exists; replace it with --force, or write another file with -o")
@@ -74,15 +75,15 @@ def _values(task: Task, model: str) -> dict[str, Any]:
     data: dict[str, Any] = {split: f"{BUNDLED}/{split}" for split in SPLITS}
     if task is Task.causal_lm:
         data["template"] = {"prompt": "Review: {text}\nSentiment:", "completion": " {label}"}
-    elif task is Task.regression:
-        data = {split: f"reviews-{split}.jsonl" for split in SPLITS}
+    elif task in ROWS:
+        data = {split: ROWS[task][0].format(split) for split in SPLITS}
     return {
         "model": model,
         "intervention": {"method": "loreft", "layers": "all", "positions": "f3+l3", "rank": 4},
         "task": {"kind": task.value},
         "data": data,
         "train": {"epochs": 3, "learning_rate": 0.005, "global_batch_size": 32},
-    } | ({"generation": {"max_new_tokens": 4}} if task is Task.causal_lm else {})
+    } | ({"generation": {"max_new_tokens": 4}} if task in (Task.causal_lm, Task.preference) else {})
 
 
 def _section(
@@ -128,15 +129,37 @@ def _schema_text() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-def _numbered_reviews() -> dict[str, str]:
-    """The bundled reviews with a number for a label, as a regression needs it: file name -> JSON lines."""
+def _numbered(row: Mapping[str, str]) -> dict[str, Any]:
+    """A review with a number for a label."""
+    return {"text": row["text"], "label": float(row["label"] == "positive")}
+
+
+def _paired(row: Mapping[str, str]) -> dict[str, Any]:
+    """A review with its label as the chosen answer and the other label as the rejected one."""
+    other = {"positive": "negative", "negative": "positive"}[row["label"]]
+    prompt = f"Review: {row['text']}\nSentiment:"
+    return {"prompt": prompt, "chosen": f" {row['label']}", "rejected": f" {other}"}
+
+
+# Kinds of task that the bundled reviews do not fit as they are: file names, and how a row is written there.
+ROWS: dict[Task, tuple[str, Callable[[Mapping[str, str]], dict[str, Any]]]] = {
+    Task.regression: ("reviews-{}.jsonl", _numbered),
+    Task.preference: ("pairs-{}.jsonl", _paired),
+    Task.reward: ("pairs-{}.jsonl", _paired),
+}
+
+
+def _data_of(task: Task) -> dict[str, str]:
+    """The bundled reviews as a task needs them, where it needs them otherwise: file name -> JSON lines."""
     from reft_cli.bundled import locate
 
-    files = {}
+    if task not in ROWS:
+        return {}
+    (name, written), files = ROWS[task], {}
     for split in SPLITS:
         lines = locate(f"{BUNDLED}/{split}", kind="data").read_text(encoding="utf-8").splitlines()
-        rows = [{"text": row["text"], "label": float(row["label"] == "positive")} for row in map(json.loads, lines)]
-        files[f"reviews-{split}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        rows = [written(row) for row in map(json.loads, lines)]
+        files[name.format(split)] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return files
 
 

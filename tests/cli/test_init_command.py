@@ -7,6 +7,7 @@ import pytest
 
 from reft_cli.cli.init import Task
 from reft_cli.data.records import read_rows
+from reft_cli.kinds import PAIRED
 from reft_cli.runs.sources import source_of
 from reft_cli.spec import json_schema, load_spec
 
@@ -27,6 +28,11 @@ def test_what_is_written_loads_and_its_data_are_there(reft, task):
         assert len(rows) >= 100
         if task == "regression":
             assert {row["label"] for row in rows.rows} == {0.0, 1.0}
+        if task in PAIRED:
+            assert {(row["chosen"], row["rejected"]) for row in rows.rows} == {
+                (" positive", " negative"),
+                (" negative", " positive"),
+            }
 
 
 def test_every_key_has_a_comment_and_the_editor_its_schema(reft):
