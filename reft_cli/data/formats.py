@@ -50,12 +50,18 @@ class Format:
             if name == "messages":
                 fields[name] = self._messages(fields[name], where=where)
             elif not self._is_several(name, fields[name]) and as_text(fields[name]) is None:
-                raise DataError(f"{where}: column `{self.columns.get(name, name)}` {not_text(fields[name])}")
+                remedy = "; write data.format: preference_messages" if self._is_conversation(name, fields[name]) else ""
+                raise DataError(f"{where}: column `{self.columns.get(name, name)}` {not_text(fields[name])}{remedy}")
         return fields
 
     def single(self, fields: Fields, *, where: str) -> Fields:
         """The fields of which one prompt and one answer can be written: of a pair with several answers, the first."""
         return fields if self.rejected is None else self.split(fields, where=where)[0]
+
+    def _is_conversation(self, name: str, value: object) -> bool:
+        """Whether a pair holds messages where texts were expected."""
+        messages = isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+        return self.rejected is not None and messages
 
     def _is_several(self, name: str, value: object) -> bool:
         """Whether it is a pair's answer as a list of texts."""
@@ -87,8 +93,8 @@ class Format:
         other = fields[self.rejected]
         return dict(fields) | {self.answer: other, self.columns.get(self.answer, self.answer): other}
 
-    def _messages(self, given: object, *, where: str) -> list[dict[str, Any]]:
-        column = self.columns.get("messages", "messages")
+    def _messages(self, given: object, *, where: str, name: str = "messages") -> list[dict[str, Any]]:
+        column = self.columns.get(name, name)
         if not isinstance(given, list) or not given:
             raise DataError(f"{where}: column `{column}` has to be a list of messages, {{role: …, content: …}}")
         role, content = (self.columns.get(name, name) for name in ("role", "content"))
@@ -109,6 +115,41 @@ class Format:
         return {"name": self.name, "columns": dict(self.columns)}
 
 
+class ConversationPairs(Format):
+    """Pairs whose answers are conversations that differ in their last turn; `prompt` may hold the turns before them."""
+
+    def fields_of(self, row: Mapping[str, Any], *, where: str, with_answer: bool = True) -> Fields:
+        """The row's columns, and `messages`: the conversation up to and with the chosen answer, if there is one."""
+        fields = dict(row) | {name: row[column] for name, column in self.columns.items() if column in row}
+        before = self._turns(fields["prompt"], "prompt", where) if fields.get("prompt") else []
+        if not with_answer and "chosen" not in fields:
+            given = self._messages(fields["messages"], where=where) if "messages" in fields else before
+            return fields | {"messages": given}
+        for name in ("chosen", "rejected") if with_answer else ("chosen",):
+            if name not in fields:
+                raise DataError(f"{where}: no column `{self.columns.get(name, name)}`; the row has {_listed(row)}")
+            turns = self._turns(fields[name], name, where)
+            fields[name] = turns if turns[: len(before)] == before else [*before, *turns]
+        if with_answer and fields["chosen"][:-1] != fields["rejected"][:-1]:
+            raise DataError(f"{where}: the chosen and the rejected conversation differ before their last message")
+        return fields | {"messages": fields["chosen"]}
+
+    def _turns(self, given: object, name: str, where: str) -> list[dict[str, Any]]:
+        """Messages; a text is one, of the user in a prompt and else of the assistant."""
+        text = as_text(given) if isinstance(given, str) else None
+        if text is not None:
+            return [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+        return self._messages(given, where=where, name=name)
+
+    def split(self, fields: Mapping[str, Any], *, where: str) -> list[Fields]:
+        """The fields themselves."""
+        return [dict(fields)]
+
+    def rejected_first(self, fields: Mapping[str, Any]) -> Fields:
+        """The fields with the rejected conversation in the place of the chosen one."""
+        return dict(fields) | {"messages": fields["rejected"]}
+
+
 COLUMNS = Format("columns")
 """No names of its own: an inline template says what is used."""
 FORMATS: dict[str, Format] = {
@@ -120,6 +161,13 @@ FORMATS: dict[str, Format] = {
         Format("text", prompt=("text",), answer="label"),
         Format("pair", prompt=("text", "text_pair"), answer="label"),
         Format("preference", prompt=("prompt",), answer="chosen", rejected="rejected"),
+        ConversationPairs(
+            "preference_messages",
+            answer="chosen",
+            optional=("prompt",),
+            inside=("role", "content"),
+            rejected="rejected",
+        ),
     )
 }
 DETECTED = {name: each for name, each in FORMATS.items() if each.rejected is None}

@@ -33,6 +33,7 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 NAMES = ("alpaca", "plain", "chat")
+CONVERSATIONS = ("messages", "preference_messages")  # formats whose rows have turns
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def choose_template(
         )
     if given is None and not learns_text:
         return BareTemplate(pair=data_format.name == "pair")
-    if given == "chat" or (given is None and data_format.name == "messages"):
+    if given == "chat" or (given is None and data_format.name in CONVERSATIONS):
         return _chat(data_format, tokenizer)
     return _named(given, data_format)
 
@@ -299,8 +300,8 @@ def _named(given: str | None, data_format: Format) -> Template:
         return TextTemplate(ALPACA_WITH_INPUT, "{output}", ALPACA, "alpaca")
     if data_format.name == "alpaca":
         return TextTemplate("{instruction}\n\n{input}", "{output}", "{instruction}", "plain")
-    if data_format.name == "messages":
-        raise DataError(f"template `{given}` does not fit format messages; write data.template: chat")
+    if data_format.name in CONVERSATIONS:
+        raise DataError(f"template `{given}` does not fit format {data_format.name}; write data.template: chat")
     if len(data_format.prompt) != 1 or data_format.answer is None or (given, data_format.name) == (None, "text"):
         wanted = f"template `{given}`" if given else "task.kind causal_lm"
         shown = " ".join(f"{{{name}}}" for name in data_format.prompt)
@@ -324,6 +325,8 @@ def _chat(data_format: Format, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
             )
         )
     tokens = {name: str(tok) for name, tok in tokenizer.special_tokens_map.items() if not isinstance(tok, list | tuple)}
+    if data_format.name in CONVERSATIONS:
+        return ChatTemplate(tokenizer.get_chat_template(), tokens)
     return ChatTemplate(
         tokenizer.get_chat_template(), tokens, (*data_format.prompt, *data_format.optional), data_format.answer
     )

@@ -144,7 +144,7 @@ def choose_text_side(spec: Spec, rows: Rows, tokenizer: PreTrainedTokenizerBase)
     data_format = choose_format(
         columns,
         where=rows.where(0),
-        requested="preference" if kind in PAIRED else data.format,
+        requested="preference" if kind in PAIRED and data.format == "auto" else data.format,
         mapping=data.columns,
         any_columns=isinstance(given, Inline) and (given.completion is not None or kind != "causal_lm"),
     )

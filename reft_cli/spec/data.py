@@ -93,9 +93,12 @@ class DataSpec(Section):
     """Rows for choosing the best checkpoint; like `train`, or a fraction of the training rows."""
     test: str | SourceSpec | Sources | None = None
     """Rows for `reft eval`; of a list, each source has a score of its own and the mean counts."""
-    format: Literal["auto", "completion", "alpaca", "messages", "text", "pair", "preference"] = "auto"
+    format: Literal["auto", "completion", "alpaca", "messages", "text", "pair", "preference", "preference_messages"] = (
+        "auto"
+    )
     """Columns that a row has. completion: prompt, completion. alpaca: instruction, input, output. messages: messages.
-    text: text, label. pair: text, text_pair, label. preference: prompt, chosen, rejected."""
+    text: text, label. pair: text, text_pair, label. preference: prompt, chosen, rejected. preference_messages: chosen
+    and rejected as conversations."""
     columns: dict[str, Column] = Field(default={})
     """Column names, as {name of the format: name in the file}."""
     template: Literal["alpaca", "plain", "chat"] | TemplateSpec | None = None

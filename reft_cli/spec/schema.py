@@ -358,10 +358,10 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Spec:
-        kind, pairs = self.task.kind, self.task.kind in PAIRED
-        if self.data.format != "auto" and (self.data.format == "preference") != pairs:
-            wanted = "write auto or preference" if pairs else "write task.kind preference or reward, or another format"
-            raise Conflict(f"{self.data.format} does not fit task.kind {kind}; {wanted}", "data.format", "task.kind")
+        kind, given, pairs = self.task.kind, self.data.format, self.task.kind in PAIRED
+        if given != "auto" and given.startswith("preference") != pairs:
+            wanted = "auto, preference or preference_messages" if pairs else "task.kind preference or another format"
+            raise Conflict(f"{given} does not fit task.kind {kind}; write {wanted}", "data.format", "task.kind")
         if kind == "preference" and self.model.dropout:
             raise Conflict(
                 "the reference would be another model in each step; remove it or write another task.kind",

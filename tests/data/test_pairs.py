@@ -19,10 +19,10 @@ ROWS = [
 TEMPLATE = Inline("Q: {prompt}\nA:", "{chosen}")
 
 
-def plan(rows, *, kind="preference", template=None, mapping=None, tokenizer=None):
+def plan(rows, *, kind="preference", template=None, mapping=None, tokenizer=None, requested="preference"):
     tokenizer = tokenizer or byte_level(chat=True)
     columns = list(rows[0])
-    chosen = choose_format(columns, where="p.jsonl:1", requested="preference", mapping=mapping)
+    chosen = choose_format(columns, where="p.jsonl:1", requested=requested, mapping=mapping)
     made = choose_template(template, data_format=chosen, task_kind=kind, columns=columns, tokenizer=tokenizer)
     return {"tokenizer": tokenizer, "data_format": chosen, "template": made, "task_kind": kind}
 
@@ -99,6 +99,58 @@ def test_lists_of_answers_are_a_pair_each():
     again = encode(other, template=Inline("{q}", "{win}"), mapping=mapping)
     assert [each.completion for each in again.examples] == [" b", " c", " f"]
     assert [each.rejected.completion for each in again.examples] == [" x", " y", " z"]
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+ASKED, OTHER = [says("user", "good film?")], says("assistant", "bad")
+TALK = [*ASKED, says("assistant", "was it?"), says("user", "yes")]
+
+
+@pytest.mark.parametrize("kind", ["preference", "reward"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [*TALK, says("assistant", "good")], "rejected": [*TALK, OTHER]},
+        {"prompt": TALK, "chosen": [says("assistant", "good")], "rejected": [OTHER]},
+        {"prompt": TALK, "chosen": [*TALK, says("assistant", "good")], "rejected": [*TALK, OTHER]},
+        {"prompt": TALK, "chosen": "good", "rejected": "bad"},
+    ],
+)
+def test_conversations_differ_in_their_last_turn(kind, row):
+    made = plan([row], kind=kind, requested="preference_messages")
+    tokenizer, template = made["tokenizer"], made["template"]
+    rows = Rows("p.jsonl", [row], [1], [1])
+    (pair,) = encode_examples(rows, positions=Positions.parse("f1+l1"), max_length=200, **made).examples
+    for sequence, word in ((pair, "good"), (pair.rejected, "bad")):
+        whole = tokenizer.apply_chat_template([*TALK, says("assistant", word)], tokenize=False)
+        assert tokenizer.decode(sequence.input_ids).removesuffix("</s>") == whole.removesuffix("</s>")
+        assert word in sequence.completion and "yes" in sequence.prompt
+    assert pair.prompt_length == pair.rejected.prompt_length
+    asked = made["data_format"].fields_of({"prompt": TALK}, where="x", with_answer=False)
+    assert template.render_prompt(asked) == pair.prompt
+    rated = made["data_format"].fields_of(row, where="x", with_answer=False)
+    assert (template.render_prompt(rated), template.render_completion(rated)) == (pair.prompt, pair.completion)
+
+
+@pytest.mark.parametrize(
+    ("row", "how", "message"),
+    [
+        ({"chosen": [*TALK, OTHER], "rejected": [*ASKED, OTHER]}, {}, "differ before their last message"),
+        ({"chosen": TALK, "rejected": TALK}, {}, "the last message is of `user`; it has to be the assistant's answer"),
+        ({"chosen": [*ASKED, OTHER], "rejected": 7}, {}, "p.jsonl:1: column `rejected` has to be a list of messages"),
+        ({"chosen": [*ASKED, OTHER]}, {}, "needs columns chosen, rejected; found chosen"),
+        ({"chosen": [*ASKED, OTHER], "rejected": [*ASKED, OTHER]}, {"template": "plain"}, "does not fit format"),
+        ({"prompt": "a", "chosen": [OTHER], "rejected": [OTHER]}, {"requested": "preference"}, "preference_messages"),
+    ],
+)
+def test_conversations_that_are_no_pairs(row, how, message):
+    with pytest.raises(ReftError) as caught:
+        made = plan([row], **{"requested": "preference_messages"} | how)
+        encode_examples(Rows("p.jsonl", [row], [1], [1]), positions=Positions.parse("l1"), max_length=200, **made)
+    assert message in str(caught.value)
 
 
 LONG = [
