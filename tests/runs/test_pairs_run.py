@@ -83,6 +83,14 @@ def test_micro_batches_and_resuming_change_nothing(make_spec, pairs, tmp_path, o
     )
 
 
+def test_frozen_activations_that_are_kept_change_nothing(make_spec, pairs, tmp_path):
+    given = sets(pairs, "task={kind: preference}", "train.epochs=3", "data.validation=null", "intervention.layers=[2]")
+    for name, wanted in (("kept", "on"), ("anew", "off")):
+        runs.train(make_spec(*given, f"train.cache_frozen={wanted}"), output=tmp_path / name, observer=NullObserver())
+    assert json.loads((tmp_path / "kept/run.json").read_text())["cached"] is True
+    assert scores(tmp_path / "kept").metrics == pytest.approx(scores(tmp_path / "anew").metrics, rel=1e-4)
+
+
 def test_a_preference_run_writes_and_a_reward_run_rates(trained, pairs):
     with runs.open_run(
         trained(*sets(pairs, "task={kind: preference, beta: 0.5}", "checkpoint.best=loss")), device="cpu"
