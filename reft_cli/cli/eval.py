@@ -62,9 +62,7 @@ def evaluate(
     if base and compare_base:
         raise SpecError("--base scores the base only and --compare-base both; give one of them")
     which: Base = "only" if base else "compare" if compare_base else "none"
-    outcome = as_several(processes or 1, device=device or "auto")
-    if outcome is not None:
-        raise SystemExit(outcome.code)
+    _share_out(processes or 1, device=device, tasks=tasks)
     from reft_cli import runs
 
     common = _Common(checkpoint, limit, batch_size, which, device, model, trust_remote_code)
@@ -83,6 +81,15 @@ def evaluate(
     else:
         _print(report)
     hold(report.metrics or report.base_metrics, gates)
+
+
+def _share_out(processes: int, *, device: str | None, tasks: str | None) -> None:
+    """Go on in each of several processes; the one that started them ends with their code."""
+    if processes > 1 and tasks is not None:
+        raise SpecError("--processes: tasks of lm-evaluation-harness run in one process; leave it out")
+    outcome = as_several(processes, device=device or "auto")
+    if outcome is not None:
+        raise SystemExit(outcome.code)
 
 
 @dataclass(frozen=True)
