@@ -29,12 +29,15 @@ def compilable_parts(block: nn.Module, hooked: Collection[nn.Module]) -> list[nn
 
 
 @contextmanager
-def compiling(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these modules run compiled, for any number of tokens."""
+def compiling(modules: Sequence[nn.Module], *, forgiving: bool = False) -> Iterator[None]:
+    """Inside, these modules run compiled, for any number of tokens.
+
+    `forgiving`: what torch cannot compile runs as it stands, and torch says so. Otherwise it is its error.
+    """
     done: list[nn.Module] = []
+    settings = torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS, suppress_errors=forgiving)
     try:
-        # what cannot be compiled runs as it stands, and torch says so
-        with torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS, suppress_errors=True), warnings.catch_warnings():
+        with settings, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at every input
             for module in modules:
                 module.forward = torch.compile(module.forward, dynamic=True)

@@ -174,15 +174,15 @@ class IntervenedModel(nn.Module):
         return h.reshape(-1, h.shape[-1]).index_select(0, answer_rows)
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Inside, blocks, edits and the loss run compiled."""
+    def compiling(self, *, forgiving: bool = False) -> Iterator[None]:
+        """Inside, blocks, edits and the loss run compiled; `forgiving` as in models/compiling.py."""
         assert self._handles, "hooks come first: parts are compiled around them"
         _ = self.linear_head  # found by trying the model, which is not to be compiled for that
         hooked = {target.module for target in self._targets} | set(filter(None, [self._last_mlp()]))
         parts = [part for block in self._blocks.modules for part in compilable_parts(block, hooked)]
         self._fuse(True)
         try:
-            with compiling(parts):
+            with compiling(parts, forgiving=forgiving):
                 yield
         finally:
             self._fuse(False)

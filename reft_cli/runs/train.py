@@ -24,6 +24,7 @@ from reft_cli.errors import (
     DataError,
     Interrupted,
     MemoryExhausted,
+    ModelError,
     ProcessLost,
     ReftError,
     SpecError,
@@ -296,6 +297,7 @@ class _Work:
             token_budget=self.token_budget,
             layout=self.execution.layout,
             compiled=self.execution.compiled,
+            forgiving=train.compile == "auto",
             recorded=self.execution.recorded,
             cached=self.execution.cached,
             seed=train.seed,
@@ -410,6 +412,9 @@ def _advice(run: RunFolder, spec: Spec, error: BaseException) -> ReftError | Non
         return _memory_advice(spec, error)
     if isinstance(error, RuntimeError) and any(words in str(error) for words in GPU_LOST):
         return ReftError(f"the GPU failed: {str(error).splitlines()[0]}. Put that right and go on with --resume.")
+    if type(error).__module__ == "torch._dynamo.exc":
+        why = str(error).strip().splitlines()[0]
+        return ModelError(f"train.compile: on is not possible for this model: {why}; write auto or off")
     if not isinstance(error, OSError):
         return None
     file = Path(error.filename) if isinstance(error.filename, str) else run.path

@@ -53,6 +53,8 @@ class TrainSettings:
     token_budget: int
     layout: Layout
     compiled: bool
+    forgiving: bool
+    """What cannot be compiled runs as it stands."""
     recorded: bool
     cached: bool
     seed: int
@@ -182,7 +184,8 @@ class Trainer:
     def running(self) -> Iterator[None]:
         """Inside, the model runs as the settings say: packed or padded, compiled or not."""
         with self.model.packing(self.settings.layout == "packed"):
-            with self.model.compiling() if self.settings.compiled else nullcontext():
+            settings = self.settings
+            with self.model.compiling(forgiving=settings.forgiving) if settings.compiled else nullcontext():
                 yield
 
     def _loop(self) -> str:

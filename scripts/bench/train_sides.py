@@ -135,7 +135,7 @@ def side_reft(plan: Plan, *, compiled: bool = True, cached: bool = True, float8:
         epochs=1000, max_steps=None, learning_rate=9e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
         max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=plan.budget,
         layout="padded" if reason else "packed", compiled=compiled and plan.device == "cuda",
-        recorded=unrecorded is None, cached=cached and uncached is None, seed=0,
+        forgiving=False, recorded=unrecorded is None, cached=cached and uncached is None, seed=0,
         log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
         lower_is_better=True, best_metric="loss",
     )  # fmt: skip

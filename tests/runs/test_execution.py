@@ -107,3 +107,23 @@ def test_a_cache_that_cannot_be_is_refused(make_spec: MakeSpec, tmp_path: Path, 
     with pytest.raises(ModelError, match=r"train\.cache_frozen: on is not possible: only 1 of 3 blocks"):
         runs.train(make_spec("train.cache_frozen=on"), output=tmp_path / "run", observer=observer)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wanted", ["on", "auto"])
+def test_a_model_that_cannot_be_compiled_is_refused_or_runs_as_it_stands(
+    make_spec: MakeSpec, tmp_path: Path, observer, monkeypatch: pytest.MonkeyPatch, wanted: str
+):
+    def broken(*_: object) -> None:
+        raise NotImplementedError("no such operator")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend=broken, dynamic=True))
+    monkeypatch.setattr(execution, "_choose_compiling", lambda *_: (True, None))
+    spec = make_spec(f"train.compile={wanted}", "evaluation.every=never")
+    if wanted == "on":
+        with pytest.raises(
+            ModelError, match=r"train\.compile: on is not possible for this model: .*; write auto or off"
+        ):
+            runs.train(spec, output=tmp_path / "run", observer=observer, max_steps=1)
+    else:
+        assert runs.train(spec, output=tmp_path / "run", observer=observer, max_steps=1).step == 1
