@@ -27,8 +27,12 @@ QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DATASETS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read as the libraries are imported
+BAR_SWITCHES = {  # for those that are imported already; transformers follows the hub's variable
+    "transformers.utils.logging": "disable_progress_bar",
+    "huggingface_hub.utils.tqdm": "disable_progress_bars",
+    "datasets.utils.tqdm": "disable_progress_bars",
 }
 LOGGERS = ("transformers", "datasets", "accelerate", "huggingface_hub", "torch", "urllib3", "httpx", "filelock")
 
@@ -59,6 +63,7 @@ def reset(words: Sequence[str]) -> None:
         setattr(settings, field.name, getattr(defaults, field.name))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    still_bars()
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=rf"({'|'.join(LOGGERS)})\b")
@@ -67,10 +72,18 @@ def reset(words: Sequence[str]) -> None:
             stream.reconfigure(errors="replace")
 
 
+def still_bars() -> None:
+    """No progress bars but our own, whether the libraries are imported already or yet to be."""
+    os.environ.update(dict.fromkeys(BARS, "1"))
+    for module, switch in BAR_SWITCHES.items():
+        if module in sys.modules:
+            getattr(sys.modules[module], switch)()
+
+
 def be_verbose() -> None:
-    """Let details and the libraries' own messages through."""
+    """Let details and the libraries' own messages through; their bars too if a person watches."""
     settings.verbose = True
-    for name, value in QUIET_LIBRARIES.items():
+    for name, value in (QUIET_LIBRARIES | dict.fromkeys(BARS if is_live() else (), "1")).items():
         if os.environ.get(name) == value:
             del os.environ[name]
     for name in LOGGERS:

@@ -18,11 +18,13 @@ def _verbose(given: bool) -> None:
 def _quiet(given: bool) -> None:
     if given:
         console.settings.quiet = True
+        console.still_bars()
 
 
 def _no_progress(given: bool) -> None:
     if given:
         console.settings.progress = False
+        console.still_bars()
 
 
 Verbose = Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +46,10 @@ Program = Callable[..., Done]
 
 @pytest.fixture
 def reft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
-    for name in console.QUIET_LIBRARIES:
+    for name in (*console.QUIET_LIBRARIES, *console.BARS):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what main() sets is undone
         monkeypatch.delenv(name)
-    if "transformers" in sys.modules:  # imported before main() could make it quiet
-        monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # imported before main() could make it quiet
 
     def run(*words: object) -> Done:
         capsys.readouterr()

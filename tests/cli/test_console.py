@@ -1,11 +1,17 @@
 """The streams: what a pipe and what a terminal gets."""
 
 import io
+import os
 import sys
 
+import datasets
+import huggingface_hub
+import pytest
+import transformers
 from stand_ins import Terminal
 
 from reft_cli.cli import console
+from reft_cli.cli.options import _no_progress, _quiet, _verbose
 
 
 def test_a_table_in_a_pipe_is_plain_and_whole(capsys):
@@ -46,3 +52,46 @@ def test_a_character_that_the_stream_lacks_is_replaced(monkeypatch):
     console.reset([])
     console.result("ä")
     assert narrow.buffer.getvalue() == b"?\n"
+
+
+@pytest.fixture
+def bars_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries as they are if imported before the program could say anything."""
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    hub, sets = (sys.modules[f"{name}.utils.tqdm"] for name in ("huggingface_hub", "datasets"))
+    monkeypatch.setattr(hub, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(hub, "progress_bar_states", {})
+    monkeypatch.setattr(sets, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(sets, "_hf_datasets_progress_bars_disabled", False)
+    for name in console.BARS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("bars_on")
+def test_bars_of_libraries_that_are_imported_already_stand_still():
+    console.reset([])
+    assert not transformers.utils.logging.is_progress_bar_enabled()
+    assert huggingface_hub.utils.are_progress_bars_disabled()
+    assert datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.usefixtures("bars_on")
+@pytest.mark.parametrize(
+    ("words", "terminal", "moving"),
+    [
+        ([], True, False),
+        (["-v"], False, False),
+        (["-v"], True, True),
+        (["-v", "-q"], True, False),
+        (["--no-progress", "-v"], True, False),
+        (["-v", "--no-progress"], True, False),
+    ],
+)
+def test_bars_of_libraries_to_come_move_for_a_person_who_wants_to_see_all(monkeypatch, words, terminal, moving):
+    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
+    monkeypatch.setenv("TERM", "xterm")
+    console.reset(words)
+    for word in words:
+        {"-v": _verbose, "-q": _quiet, "--no-progress": _no_progress}[word](True)
+    assert [name in os.environ for name in console.BARS] == [not moving] * 2
+    console.reset([])

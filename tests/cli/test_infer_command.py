@@ -42,6 +42,11 @@ def test_verbose_says_where_the_time_went(reft, session):
     assert "decoded by transformers' generate: there is no model" in done.err
 
 
+def test_verbose_shows_no_bar_of_a_library_in_a_pipe(reft, here):
+    done = reft("infer", "runs/s", "--prompt", "aa? ", "-v")
+    assert done.code == 0 and "answering" in done.err and "\r" not in done.err and "Loading weights" not in done.err
+
+
 def test_the_base_alone(reft, session):
     assert reft("infer", "runs/s", "--prompt", "good", "--base").out == "doog\n"
 

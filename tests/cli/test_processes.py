@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 
 from exit_code_table import REFUSED
 from processes import free_port, run_as
@@ -25,6 +26,7 @@ LONG = ("--set", "train.epochs=2000", "--set", "checkpoint.every=500", "--set", 
 
 def program(rows: list[list[str]], ports: list[int], folder: Path) -> list[tuple[int, str, str]]:
     """Command lines in this process, one after another: (exit code, stdout, stderr)."""
+    transformers.utils.logging._tqdm_active = True  # as it is if it was imported before
     os.chdir(folder)
     found = []
     for words, port in zip(rows, ports, strict=True):
