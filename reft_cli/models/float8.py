@@ -51,12 +51,15 @@ def to_float8(model: nn.Module) -> int:
 class Float8Linear(nn.Module):
     """x Wᵀ + bias with W in float8: [N, I] to [N, O]."""
 
+    scale: Tensor
+    turned: Tensor | None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight, scale = quantize_rows(linear.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)  # [O, I]
         self.register_buffer("scale", scale, persistent=False)  # [O, 1]
-        self.turned: Tensor | None = None  # [I, O], columns together, as the matrix units want it going back
+        self.register_buffer("turned", None, persistent=False)  # [I, O], columns together, as matrix units want it
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 

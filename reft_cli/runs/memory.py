@@ -1,19 +1,23 @@
 """Memory of a training pass, predicted from a pass over one row: what autograd keeps is counted, and grows with tokens.
 
-    peak = weights + trained + kept a token × tokens + max(one block's part of what is kept, the logits of a chunk)
+    peak = weights + trained + kept a token × tokens + max(a block's backward pass, the logits of a chunk)
 
 A frozen linear layer keeps nothing of its input. In a Llama block of width d, H and G numbers of queries and of keys,
 and an MLP of m, a token keeps 8 d bytes (two norms in float32) and s (2 H + 2 G + 3 m) at s bytes a number (queries,
-keys, values, attended; gate, its SiLU, up). Attention that forms no scores is linear in the tokens.
+keys, values, attended; gate, its SiLU, up). Attention that forms no scores is linear in the tokens. The backward pass
+of a block holds gradients of half the size of what the block keeps, and, under checkpointing, computes all of that
+again before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from reft_cli.data.batch import Batch, Layout, build_batch
 from reft_cli.data.examples import Example, Examples
@@ -23,6 +27,7 @@ from reft_cli.positions import PositionGroup
 from reft_cli.tasks.cross_entropy import CHUNK
 from reft_cli.tasks.objectives import Task
 
+SLOPES = 0.5  # of what a block keeps: the gradients that its backward pass holds at once
 ROOM = 0.85  # of the free memory that a first guess fills; the allocator loses some
 ADAM = 4  # tensors for each trained one: itself, its gradient, two moments
 
@@ -34,14 +39,14 @@ class MemoryParts:
     weights: int
     trained: int
     kept_a_token: float
-    block_a_token: float
+    backward_a_token: float
     logits_an_answer: float
     most_logits: float
 
     def working(self, tokens: int, answers: int) -> int:
         """What a pass needs besides weights and what is trained."""
         logits = min(self.logits_an_answer * answers, self.most_logits)
-        return round(self.kept_a_token * tokens + max(self.block_a_token * tokens, logits))
+        return round(self.kept_a_token * tokens + max(self.backward_a_token * tokens, logits))
 
     def peak(self, tokens: int, answers: int) -> int:
         """The most that is in use at once."""
@@ -50,23 +55,26 @@ class MemoryParts:
     def tokens_in(self, free: int) -> int:
         """Tokens of a pass that free memory holds, by a guess on the safe side; every tenth of them an answer."""
         left = ROOM * free - self.trained - self.most_logits
-        return max(int(left / (self.kept_a_token + self.block_a_token)), 1)
+        return max(int(left / (self.kept_a_token + self.backward_a_token)), 1)
 
 
 def memory_parts(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> MemoryParts:
     """Counts a pass over a small batch, with the hooks off and the base where it is; no weight is changed."""
     tokens = _tokens(batch)
     kept = _kept(model, task, batch, packed=packed, checkpointing=False) / tokens
-    blocks = model.blocks_above_edits()
+    block = kept / max(model.block_count - len(model.frozen.modules), 1)  # of those that have a backward pass
     held = _kept(model, task, batch, packed=packed, checkpointing=True) / tokens if checkpointing else kept
     size = next(model.base_model.parameters()).element_size()
     vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
     an_answer = vocabulary * (size + 2 * torch.float32.itemsize)  # logits, in float32, and their softmax
+    model.train()  # with what of the base is kept for training only
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _parts_of(model.base_model)}
+    model.eval()
     return MemoryParts(
-        weights=sum(p.numel() * p.element_size() for p in model.base_model.parameters()),
+        weights=sum(weights.values()),
         trained=ADAM * torch.float32.itemsize * model.trainable_count(),
         kept_a_token=held,
-        block_a_token=kept / blocks,
+        backward_a_token=(SLOPES + checkpointing) * block,
         logits_an_answer=an_answer,
         most_logits=min(CHUNK, vocabulary * 2**20) / max(vocabulary, 1) * an_answer,
     )
@@ -95,6 +103,12 @@ def first_budget(limit: int, parts: MemoryParts, device: torch.device) -> int:
     return smallest(min(limit, parts.tokens_in(torch.cuda.mem_get_info(device)[0])))
 
 
+def _parts_of(module: nn.Module) -> Iterator[Tensor]:
+    """What a module holds on its device: parameters and buffers, of a sharded one the part that is here."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _tokens(batch: Batch) -> int:
     ids = batch.inputs["input_ids"]
     assert isinstance(ids, Tensor)
@@ -102,28 +116,32 @@ def _tokens(batch: Batch) -> int:
 
 
 def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a pass: every piece of memory once, and no weight."""
-    found: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes that autograd keeps of a pass: every piece of memory once, and no weight.
+
+    They are counted at the end, when the blocks that a sharded base has gathered are given up again.
+    """
+    found: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            found[storage._cdata] = storage
         return tensor
 
     there = batch.to(model.device)
     inputs = [*there.inputs.values(), *there.rows.values(), there.answer_rows, there.targets]
-    weights |= {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     model.checkpoint_activations(checkpointing)
     model.train()
+    weights = {part.untyped_storage().data_ptr() for part in _parts_of(model)}
+    weights |= {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
     with model, model.packing(packed):
         model.bank.refresh()
         values = [value for site in range(model.bank.sites) for value in model.bank.values(site)]
         weights |= {value.untyped_storage().data_ptr() for value in values}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), model.editing(there.rows):
             task.loss(model, there)
+    kept = sum(storage.nbytes() for storage in found.values())
     model.bank.zero_grad()
     model.checkpoint_activations(False)
     model.eval()
-    return sum(found.values())
+    return kept
