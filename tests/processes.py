@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+# A fork of a process that has looked at a GPU cannot use it, and a package that is preloaded may look at it.
+FORKING = os.name == "posix" and not torch.cuda.is_available()
+PROCESSES = multiprocessing.get_context("forkserver" if FORKING else "spawn")
 PROCESSES.set_forkserver_preload(["reft_cli.runs", "reft_cli.cli.app"])  # a child then starts in a tenth of a second
 
 
