@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections.abc import Callable
@@ -18,6 +17,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "gpt2": (768, 3072, 12, 12, 12, 50257, True),  # GPT-2 small's sizes
     "1b": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3.2-1B
     "8b": (4096, 14336, 32, 32, 8, 128256, False),  # Llama-3-8B
+    "70b": (8192, 28672, 80, 64, 8, 128256, False),  # Llama-3-70B
 }
 MIXES = {"commonsense": ((40, 199), (2, 11)), "alpaca": ((60, 400), (20, 400))}  # tokens of prompt and answer
 ROWS, BATCHES = 32, 4  # in a step; drawn, one after the other and again
@@ -63,12 +63,12 @@ def draw(mix: str, vocabulary: int, batches: int) -> list[list[Row]]:
     return [[row() for _ in range(ROWS)] for _ in range(batches)]
 
 
-def random_llama(plan: Plan) -> Any:
-    """The shape with random weights, bfloat16 on a GPU, frozen."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: str) -> Any:
+    """The configuration of a shape."""
+    from transformers import LlamaConfig
 
-    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[plan.shape]
-    config = LlamaConfig(
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -78,10 +78,16 @@ def random_llama(plan: Plan) -> Any:
         tie_word_embeddings=tied,
         max_position_embeddings=2048,
     )
+
+
+def random_llama(plan: Plan) -> Any:
+    """The shape with random weights, bfloat16 on a GPU, frozen."""
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if plan.device == "cuda" else torch.float32)
     with torch.device(plan.device):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama_config(plan.shape))
     torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False)
 
@@ -100,63 +106,20 @@ def padded(rows: list[Row], device: str) -> dict[str, torch.Tensor]:
 
 def side_reft(plan: Plan, *, compiled: bool = True, cached: bool = True, float8: bool = False) -> Step:
     """Our loop's own optimizer step, carried out as `reft train` chooses to, but for what is asked here."""
-    from accelerate import Accelerator
+    from ours import stepping, trainer_of
 
-    from reft_cli.data.examples import Example, Examples
-    from reft_cli.models.build import build_intervened
     from reft_cli.models.float8 import to_float8
-    from reft_cli.models.loading import BaseModel, shape_hash
-    from reft_cli.models.packing import why_not_packed
-    from reft_cli.positions import Positions
-    from reft_cli.tasks.objectives import TASKS
-    from reft_cli.training.frozen_cache import why_not_cached
-    from reft_cli.training.loop import Hooks, Trainer, TrainSettings
-    from reft_cli.training.observer import NullObserver
-    from reft_cli.training.passes import why_not_recorded
 
     model = random_llama(plan)
     if float8:
         to_float8(model)
-    base = BaseModel(model.eval(), plan.shape, None, shape_hash(model))
-    positions = Positions.parse(plan.positions)
-    reason = why_not_packed(model)
-    intervened = build_intervened(
-        base, method="loreft", layers=plan.chosen, component="block_output", positions=positions, tied=True,
-        rank=plan.rank, init="paper", dropout=0.0, dropout_on="delta", seed=0,
-    )  # fmt: skip
-    drawn = [row for rows in draw(plan.mix, SHAPES[plan.shape][5], BATCHES) for row in rows]
-    examples = [Example(tokens, prompt, None, "", "", row) for row, (tokens, prompt) in enumerate(drawn)]
-    packed = reason is None
-    unrecorded = why_not_recorded(intervened, packed=packed, checkpointing=False, dropout=False)
-    uncached = why_not_cached(
-        intervened, tokens=len(Examples.of(examples).tokens), packed=packed, repeated=True, processes=1, dropout=False
-    )
-    settings = TrainSettings(
-        epochs=1000, max_steps=None, learning_rate=9e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
-        max_grad_norm=1.0, global_batch_size=ROWS, micro_batch_size=None, token_budget=plan.budget,
-        layout="padded" if reason else "packed", compiled=compiled and plan.device == "cuda",
-        forgiving=False, recorded=unrecorded is None, cached=cached and uncached is None, seed=0,
-        log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
-        lower_is_better=True, best_metric="loss",
-    )  # fmt: skip
-    hooks = Hooks(None, lambda *_: None, lambda _: None, lambda *_: None, lambda: None, str)
-    trainer = Trainer(
-        intervened, task=TASKS["causal_lm"], examples=examples,
-        groups=positions.groups(tied=True), pad_token_id=0, settings=settings, accelerator=Accelerator(),
-        observer=NullObserver(), hooks=hooks,
-    )  # fmt: skip
-    intervened.train()
+    trainer = trainer_of(model, plan, compiled=compiled, cached=cached)
     entered = ExitStack()  # for as long as the process lives; a context that nobody holds ends at once
-    entered.enter_context(intervened)
-    entered.enter_context(trainer.running())
-
-    order = itertools.cycle(range(start, start + ROWS) for start in range(0, len(examples), ROWS))
-    stream = entered.enter_context(trainer.loader.ahead(order))
+    take_step = entered.enter_context(stepping(trainer))
 
     def step(rows: list[Row], _: ExitStack = entered) -> torch.Tensor:
-        batch = next(stream)
+        loss, batch = take_step()
         assert len(batch.examples) == len(rows) and batch.examples[0].input_ids == rows[0][0]
-        loss, _, _ = trainer._step(batch)
         return loss
 
     return step
