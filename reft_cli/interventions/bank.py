@@ -96,7 +96,9 @@ class Bank(nn.Module, ABC):
         """A copy of the folded form as it is now, without gradients."""
         with torch.inference_mode(False), torch.no_grad():
             folded = self._fold()
-            return type(folded)(*(tensor.detach().clone() for tensor in folded.tensors()))
+            return type(folded)(
+                *(tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in folded.tensors())
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the parameters' gradients, and those that wait for `backpropagate()`."""

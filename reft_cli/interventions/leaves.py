@@ -30,7 +30,8 @@ class Leaves:
     def fill(self, values: tuple[Tensor, ...], *, parameters: Iterable[Tensor | None], keep_graph: bool) -> None:
         """Copy values that were just computed from the parameters."""
         if [(v.shape, v.dtype, v.device) for v in values] != [(v.shape, v.dtype, v.device) for v in self.values]:
-            self.values = tuple(torch.empty_like(v, requires_grad=False) for v in values)
+            # contiguous, for kernels: what a solve gives is laid out by columns
+            self.values = tuple(v.new_empty(v.shape, requires_grad=False) for v in values)
             self.gradients = ()
             views = [value.unbind() for value in self.values]
             self.sites = [tuple(view.detach() for view in site) for site in zip(*views, strict=True)]
