@@ -16,14 +16,7 @@ from reft_cli.interventions.bank import Bank
 from reft_cli.models.editing import RowEditor
 
 SITES = 3
-CASES = [  # tokens, edited rows, width, rank
-    (30, 7, 24, 3),
-    (40, 17, 300, 8),
-    (40, 1, 32, 1),
-    (10, 10, 520, 9),
-    (12, 5, 40, 20),
-    (12, 0, 32, 4),
-]
+CASES = [(14, 6, 24, 3), (12, 5, 520, 2), (9, 1, 32, 1), (12, 5, 40, 17), (12, 0, 32, 4)]  # tokens, rows, width, rank
 LARGE = [(9500, 448, 4096, 8), (700, 448, 2048, 8), (5000, 3000, 1024, 64), (20000, 20000, 4096, 4)]
 
 
@@ -90,17 +83,34 @@ def check(case: tuple[int, int, int, int], dtype: torch.dtype, device: str, **mo
         )
 
 
+def check_gradients_asked_for(device: str) -> None:
+    """Recorded passes ask for the gradients of the leaves; what is added to .grad already is not given again."""
+    sums = []
+    for editor in (Kernels, RowEditor):
+        bank = bank_of(32, 4, "loreft", device)
+        bank.refresh()
+        h = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).to(device)
+        edited = editor(bank)(h, torch.tensor([0, 4], device=device), 1)
+        slopes = torch.autograd.grad(edited.square().sum(), bank.leaves(), allow_unused=True)
+        for leaf, slope in zip(bank.leaves(), slopes, strict=True):
+            if slope is not None:
+                leaf.grad += slope
+        bank.backpropagate()
+        sums.append({name: parameter.grad for name, parameter in bank.named_parameters()})
+    torch.testing.assert_close(*sums)
+
+
 def check_small(device: str) -> None:
     """What a small matrix of cases finds, on any device."""
     for case in CASES:
         check(case, torch.float32, device)
     for dtype in (torch.bfloat16, torch.float16):
-        check(CASES[1], dtype, device)
+        check(CASES[0], dtype, device)
     check(CASES[0], torch.float32, device, laid="strided")
     check(CASES[0], torch.float32, device, laid="expanded", below=False)
     check(CASES[0], torch.bfloat16, device, twice=True)
-    for method in ("lobireft", "consreft", "direft"):
-        check(CASES[0], torch.float32, device, method=method)
+    check(CASES[0], torch.float32, device, method="lobireft")
+    check_gradients_asked_for(device)
 
 
 def check_many(device: str) -> None:
@@ -110,8 +120,7 @@ def check_many(device: str) -> None:
     before = edit_kernels.MANY, edit_kernels.SHARE
     edit_kernels.MANY, edit_kernels.SHARE = 8, 5
     try:
-        check((20, 17, 40, 9), torch.float32, device)
-        check((20, 17, 40, 3), torch.bfloat16, device, laid="expanded")
+        check((14, 12, 40, 3), torch.float32, device)
     finally:
         edit_kernels.MANY, edit_kernels.SHARE = before
 

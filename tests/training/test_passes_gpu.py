@@ -128,14 +128,16 @@ def test_compiled_passes_are_plain_passes(dtype: torch.dtype, layers: str):
                         torch.testing.assert_close(found(model, recorded, batch), wanted, **close)
 
 
-def test_checkpointed_passes_are_plain_passes():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_passes_are_plain_passes(compiled: bool):
     model = intervened(base_of("Llama", torch.float32))
     plain = plain_passes(model)
     with packed(model):
         expected = [found(model, plain, batch) for batch in batches()]
         model.checkpoint_activations(True)
-        again = [found(model, plain, batch) for batch in batches()]
-    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+        with model.compiling() if compiled else nullcontext():
+            again = [found(model, plain, batch) for batch in batches()]
+    torch.testing.assert_close(again, expected, rtol=1e-4 if compiled else 1e-5, atol=1e-5 if compiled else 1e-6)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
