@@ -32,7 +32,8 @@ class Batch:
     `answer_rows[k]` is the row whose next token is `targets[k]`; `labels` are classes or numbers, one an example.
     `places` says which of all tokens of the data each real one is. `frozen` [1, N, D] is what comes out of the blocks
     that no edit reaches, where it is known and they need not run. Of `pairs` examples that are pairs, all chosen
-    sequences come first and then all rejected ones, and `owners[k]` is the sequence of answer row k.
+    sequences come first and then all rejected ones. Then `owners[k]` is the sequence of answer row k, `beginnings[p]`
+    the place of the first token of pair p, and `reference` [P, 2], where it is known, what the base gives its answers.
     """
 
     inputs: dict[str, Tensor | int]
@@ -43,6 +44,8 @@ class Batch:
     places: Tensor
     frozen: Tensor | None = None
     owners: Tensor | None = None
+    beginnings: Tensor | None = None
+    reference: Tensor | None = None
     pairs: int = 0
 
     def to(self, device: torch.device) -> Batch:
@@ -64,6 +67,8 @@ class Batch:
             places=move(self.places),
             frozen=None if self.frozen is None else move(self.frozen),
             owners=None if self.owners is None else move(self.owners),
+            beginnings=None if self.beginnings is None else move(self.beginnings),
+            reference=None if self.reference is None else move(self.reference),
         )
 
 
@@ -100,6 +105,7 @@ def build_batch(
         labels=None if chosen.labels is None else _labels(chosen.labels),
         places=torch.from_numpy(where),
         owners=torch.from_numpy(np.repeat(np.arange(len(chosen)), learned)) if pairs else None,
+        beginnings=torch.from_numpy(first[:pairs]) if pairs else None,
         pairs=pairs,
     )
 

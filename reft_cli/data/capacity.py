@@ -1,7 +1,8 @@
 """Fills a packed batch up to a size that comes again, so that what is recorded for one batch runs for others.
 
 The filling is a sequence of its own at the end, which nobody reads: edited rows beyond the real ones are its last
-token, and answers beyond the real ones are not learned. Loss and gradients are those of the batch as it was.
+token, and answers beyond the real ones are not learned. Loss and gradients are those of the batch as it was; of pairs,
+once pairs that were filled in have a reference that makes them certain (training/reference.py).
 """
 
 from __future__ import annotations
@@ -47,13 +48,29 @@ def fill(batch: Batch, *, pad_token_id: int) -> Batch:
         "max_length_k": longest,
     }
     answers = rounded(len(batch.targets), share=4)
-    return replace(
+    filled = replace(
         batch,
         inputs=inputs,
         rows={name: _longer(rows, rounded(len(rows)), size - 1) for name, rows in batch.rows.items()},
         answer_rows=_longer(batch.answer_rows, answers, size - 1),
         targets=_longer(batch.targets, answers, IGNORED),
         places=_longer(batch.places, size, NOWHERE),
+    )
+    return _fill_pairs(filled) if batch.pairs else filled
+
+
+def _fill_pairs(batch: Batch) -> Batch:
+    """A batch that is filled up otherwise with as many pairs as others will have; what is filled in is nobody's."""
+    owners, beginnings = batch.owners, batch.beginnings
+    assert owners is not None and beginnings is not None, "a batch of pairs"
+    pairs = rounded(batch.pairs, share=4, finest=4)
+    moved = owners + (owners >= batch.pairs) * (pairs - batch.pairs)  # rejected sequences come after more chosen ones
+    return replace(
+        batch,
+        targets=batch.targets.clamp(min=0),  # any token: its log-probability is formed and given to nobody
+        owners=_longer(moved, len(batch.targets), 2 * pairs),
+        beginnings=_longer(beginnings, pairs, NOWHERE),
+        pairs=pairs,
     )
 
 

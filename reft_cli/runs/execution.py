@@ -12,7 +12,6 @@ from torch.utils._triton import has_triton
 from reft_cli.data.batch import Layout
 from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import ModelError
-from reft_cli.kinds import PAIRED
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed
 from reft_cli.parallel.collective import size
@@ -60,8 +59,6 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
             checkpointing=spec.train.gradient_checkpointing,
             dropout=bool(model.bank.dropout) or spec.model.dropout,
         )
-        if spec.task.kind in PAIRED:
-            record_reason = f"task.kind {spec.task.kind} is not tried as a recording"
         recorded = record_reason is None
     cached, cache_reason = _choose_caching(
         model, spec, examples, packed=layout == "packed", repeated=steps * batch > len(examples)

@@ -42,7 +42,8 @@ def _chunks(model: IntervenedModel, batch: Batch, *, greedy: bool) -> Iterator[t
     size = max(1, CHUNK // head.weight.shape[0])
     for rows, wanted in zip(h.split(size), targets.split(size), strict=True):
         if rows.requires_grad and len(targets) > size:
-            yield checkpoint(_unembedded, rows, head.weight, head.bias, wanted, greedy, use_reentrant=False)
+            given = (rows, head.weight, head.bias, wanted, greedy)
+            yield checkpoint(_unembedded, *given, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
         else:
             yield _unembedded(rows, head.weight, head.bias, wanted, greedy)
 

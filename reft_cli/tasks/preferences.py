@@ -37,8 +37,8 @@ def sequence_log_probabilities(model: IntervenedModel, batch: Batch) -> Tensor:
     """log p(answer | prompt) of every sequence, [P, 2]: chosen, rejected. Only inside `model.editing`."""
     assert batch.owners is not None, "a batch of pairs knows whose each answer row is"
     each = log_probabilities(model, batch)  # [K]
-    sums = each.new_zeros(2 * batch.pairs).index_add(0, batch.owners, each)
-    return sums.view(2, batch.pairs).T
+    sums = each.new_zeros(2 * batch.pairs + 1).index_add(0, batch.owners, each)  # the last: of rows that were filled in
+    return sums[:-1].view(2, batch.pairs).T
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,16 @@ class Preference:
 
     def rewards(self, model: IntervenedModel, batch: Batch) -> Tensor:
         """See PairTask. Zero, and exactly so, where nothing is edited."""
-        with torch.no_grad(), model.editing(None):
-            reference = sequence_log_probabilities(model, batch)
+        reference = batch.reference
+        if reference is None:
+            with model.editing(None):
+                reference = self.reference(model, batch)
         return self.beta * (sequence_log_probabilities(model, batch) - reference)
+
+    @torch.no_grad()
+    def reference(self, model: IntervenedModel, batch: Batch) -> Tensor:
+        """log p_reference(answer | prompt), [P, 2]: chosen, rejected. Only inside `model.editing(None)`."""
+        return sequence_log_probabilities(model, batch)
 
     def loss(self, model: IntervenedModel, batch: Batch) -> Tensor:
         """See Task."""

@@ -27,12 +27,15 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.parallel.collective import add_up, largest, together
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
+from reft_cli.tasks.preferences import Preference
 from reft_cli.training import budget
 from reft_cli.training.divergence import LOSS_WINDOW, fault_of
 from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
 from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
 from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
+from reft_cli.training.reference import NAME as REFERENCES
+from reft_cli.training.reference import ReferencePasses
 from reft_cli.training.schedule import Order, rate_factor
 from reft_cli.training.state import Progress, capture_state, restore_state, seed_step
 
@@ -116,6 +119,9 @@ class Trainer:
             )
         if settings.cached:
             self.passes = CachedPasses(self.passes, plain, tokens=len(Examples.of(examples).tokens))
+        self.references: ReferencePasses | None = None
+        if isinstance(task, Preference):
+            self.passes = self.references = ReferencePasses(self.passes, model, task, Examples.of(examples))
         self.loader = Loader(
             examples,
             groups=groups,
@@ -135,6 +141,8 @@ class Trainer:
         """Go on from a captured state; the model's weights are loaded already."""
         self.progress = progress
         restore_state(tensors, self.optimizer, self.parameters, self.model.device)
+        if self.references is not None and REFERENCES in tensors:  # not in checkpoints of older versions
+            self.references.restore(tensors[REFERENCES])
         if progress.loss_scale:
             self.scaler.load_state_dict(progress.loss_scale)
 
@@ -218,7 +226,8 @@ class Trainer:
         self.model.bank.refresh()
         seed_step(settings.seed, self.progress.step)
         passes = self._in_step(batch, units)
-        with together():
+        meeting = self.references.of_step(batch.examples) if self.references is not None else nullcontext()
+        with meeting, together():
             for each, share in passes:
                 total += self.passes(each, share)
         self.progress.tokens += batch.examples.token_count
@@ -356,4 +365,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.loss_scale = self.scaler.state_dict()
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self.hooks.save(self.progress, capture_state(self.optimizer, names, self.model.device))
+        state = capture_state(self.optimizer, names, self.model.device)
+        if self.references is not None:
+            state[REFERENCES] = self.references.state()
+        self.hooks.save(self.progress, state)

@@ -169,5 +169,4 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
     yield from (each for _, each in sorted(batch.inputs.items()) if isinstance(each, Tensor))
     yield from (rows for _, rows in sorted(batch.rows.items()))
     yield from (batch.answer_rows, batch.targets)
-    if batch.frozen is not None:
-        yield batch.frozen
+    yield from (each for each in (batch.owners, batch.reference, batch.frozen) if each is not None)

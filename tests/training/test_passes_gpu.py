@@ -17,8 +17,10 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, shape_hash
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import TASKS
+from reft_cli.tasks.preferences import Preference
 from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
+from reft_cli.training.reference import ReferencePasses
 
 pytestmark = pytest.mark.gpu
 POSITIONS = Positions.parse("f3+l3")
@@ -153,6 +155,39 @@ def test_cached_passes_are_plain_passes(compiled: bool):
                 for batch, wanted in zip(batches(), expected, strict=True):
                     torch.testing.assert_close(found(model, cached, batch), wanted, rtol=5e-2, atol=5e-3)
     assert len(recorded._recordings) == 2 and model.frozen.modules
+
+
+def pairs() -> Examples:
+    """Pairs of two sizes, seven of each, whose answers are of other lengths."""
+    chance = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(5, 300, (count,), generator=chance).tolist()
+
+    made = []
+    for row in range(14):
+        prompt = tokens(20 if row < 7 else 60)
+        other = Example(prompt + tokens(3 + row % 2), len(prompt), None, "", "", row)
+        made.append(Example(prompt + tokens(4 - row % 2), len(prompt), None, "", "", row, rejected=other))
+    return Examples.of(made)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layers", ["all", "1;2"])
+def test_recorded_passes_of_pairs_are_plain_passes(compiled: bool, layers: str):
+    model, task, rows = intervened(base_of("Llama", torch.bfloat16), layers=layers), Preference(0.5), pairs()
+    plain = PlainPasses(model, task, torch.amp.GradScaler("cuda", enabled=False))
+    recorded = RecordedPasses(model, task, pad_token_id=1)
+    kept = ReferencePasses(recorded, model, task, rows)
+    groups = POSITIONS.groups(tied=True)
+    parts = [slice(0, 5), slice(7, 12), slice(2, 7), slice(9, 14)]
+    with packed(model), model.compiling() if compiled else nullcontext():
+        for part in parts * 3:
+            batch = build_batch(rows[part], groups=groups, layout="packed", pad_token_id=1)
+            with kept.of_step(rows[part]):
+                ours = found(model, kept, batch)
+            torch.testing.assert_close(ours, found(model, plain, batch), rtol=5e-2, atol=5e-3)
+    assert len(recorded._recordings) == 2 and not recorded.refused
 
 
 @pytest.mark.parametrize("compiled", [False, True])
