@@ -1,8 +1,9 @@
-"""The parts of scripts/bench/train.py that say what was measured: the plan, the floor and the table."""
+"""The parts of scripts/bench/train.py and glue.py that say what was measured: the plan, the floor and the tables."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,15 +14,25 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "train.py"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_train", SCRIPT)
+def imported(script: Path) -> ModuleType:
+    name = f"bench_{script.stem}"
+    spec = importlib.util.spec_from_file_location(name, script)
     assert spec is not None and spec.loader is not None
-    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
+    sys.path.insert(0, str(script.parent))  # as when it is run
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_train"] = module  # where its dataclass looks for itself
+    sys.modules[name] = module  # where its dataclass looks for itself
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return imported(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def glue() -> ModuleType:
+    return imported(SCRIPT.with_name("glue.py"))
 
 
 def plan(bench: ModuleType, *, layers: str = "all", positions: str = "f7+l7"):
@@ -83,3 +94,41 @@ def test_a_side_that_cannot_start_is_a_result(bench: ModuleType, tmp_path: Path)
     asked.peer_python, asked.peer_path, asked.profile = str(tmp_path / "python"), None, None
     found = bench.run_side("pyreft", asked)
     assert found["side"] == "pyreft" and "No such file or directory" in found["error"]
+
+
+def line(side: str, seed: int, score: float, **more: object) -> dict[str, object]:
+    settings = {"rows": 2000, "epochs": 10.0, "set": ["intervention.rank=4"]}
+    return {"side": side, "task": "rte", "seed": seed, "settings": settings, "score": score, "seconds": 20.0, **more}
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(0.59, "yes"), (0.57, "no"), (0.9, "yes")])
+def test_glue_compares_means_with_the_spread_of_the_peer(glue: ModuleType, ours: float, verdict: str):
+    lines = [line("reft", seed, ours) for seed in (1, 2)]
+    lines += [line("pyreft", 1, 0.58), line("pyreft", 2, 0.62), line("pyreft", 3, 0.0, error="killed")]
+    title, _, _, _, row, *_ = glue.table([*lines, line("reft", 2, ours)]).splitlines()  # made twice, counted once
+    assert title == "2000 rows, 10 epochs, intervention.rank=4"
+    assert row == (
+        f"| rte | 2, 2 | {ours:.3f} ± 0.000 | 0.600 ± 0.028 | {ours - 0.6:+.3f} | 0.580 to 0.620 "
+        f"| {ours:.3f} to {ours:.3f} | {verdict} | 20, 20 |"
+    )
+
+
+def test_glue_reads_the_lines_that_are_whole(glue: ModuleType, tmp_path: Path):
+    results = tmp_path / "results.jsonl"
+    assert glue.lines_of(results) == []
+    results.write_text(json.dumps(line("reft", 1, 0.5)) + '\n{"side": "re')
+    assert [glue.key_of(each)[:3] for each in glue.lines_of(results)] == [("reft", "rte", 1)]
+    results.write_text('{"text": "x", "label": 1}\n')
+    assert glue.columns_of(results) == {"text": "text"}
+    results.write_text('{"sentence1": "x", "sentence2": "y", "label": 1}\n')
+    assert glue.columns_of(results) == {"text": "sentence1", "text_pair": "sentence2"}
+    results.write_text('{"premise": "x", "hypothesis": "y", "label": 1}\n')
+    assert glue.columns_of(results) == {}
+
+
+def test_glue_tells_of_a_worker_that_ends(glue: ModuleType, tmp_path: Path):
+    asked = Namespace(peer_python=sys.executable, peer_path=None, timeout=60.0)
+    worker = glue.Worker("pyreft", asked)
+    found = worker.run(tmp_path / "no_such_plan.json")
+    worker.close()
+    assert "No such file" in found["error"] and found["stderr"]
