@@ -84,12 +84,17 @@ def _model_facts(model: ModelReport, *, memory: bool) -> list[list[str]]:
     measured = "measured on the longest rows" if estimate.measured_bytes else "for training"
     return [
         ["model", f"{model.name}: {model.base_parameters:,} parameters, {model.dtype} on {model.device}"],
+        *([["placement", _places(model.places)]] if model.places else []),
         ["trainable", f"{model.trainable_parameters:,} ({model.percent:.3g} %) = {model.arithmetic}"],
         *_execution_facts(model.execution),
         ["memory", f"about {peak} {measured}"],
         *(_memory_facts(estimate) if memory else []),
         ["work", work],
     ]
+
+
+def _places(places: dict[str, int]) -> str:
+    return ", ".join(f"{count} blocks on {place}" for place, count in places.items())
 
 
 def _memory_facts(estimate: Estimate) -> list[list[str]]:

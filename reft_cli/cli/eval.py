@@ -50,6 +50,7 @@ def evaluate(
         int | None, typer.Option("--processes", help="Share the rows out over N processes, one a GPU.", min=1)
     ] = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
@@ -59,13 +60,11 @@ def evaluate(
 ) -> None:
     """Score a run on a split, or on tasks of lm-evaluation-harness."""
     gates = [_gate(text) for text in fail_under]
-    if base and compare_base:
-        raise SpecError("--base scores the base only and --compare-base both; give one of them")
-    which: Base = "only" if base else "compare" if compare_base else "none"
-    _share_out(processes or 1, device=device, tasks=tasks)
+    which = _which(base=base, compare=compare_base)
+    _share_out(processes or 1, device=device, device_map=device_map, tasks=tasks)
     from reft_cli import runs
 
-    common = _Common(checkpoint, limit, batch_size, which, device, model, trust_remote_code)
+    common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
         score = partial(runs.evaluate, run, data=data, split=split or "test", **asdict(common))
@@ -83,10 +82,18 @@ def evaluate(
     hold(report.metrics or report.base_metrics, gates)
 
 
-def _share_out(processes: int, *, device: str | None, tasks: str | None) -> None:
+def _which(*, base: bool, compare: bool) -> Base:
+    if base and compare:
+        raise SpecError("--base scores the base only and --compare-base both; give one of them")
+    return "only" if base else "compare" if compare else "none"
+
+
+def _share_out(processes: int, *, device: str | None, device_map: str | None, tasks: str | None) -> None:
     """Go on in each of several processes; the one that started them ends with their code."""
     if processes > 1 and tasks is not None:
         raise SpecError("--processes: tasks of lm-evaluation-harness run in one process; leave it out")
+    if processes > 1 and device_map is not None:
+        raise SpecError("--device-map: one process takes all devices; leave out --processes")
     outcome = as_several(processes, device=device or "auto")
     if outcome is not None:
         raise SystemExit(outcome.code)
@@ -101,6 +108,7 @@ class _Common:
     batch_size: int | None
     base: Base
     device: str | None
+    device_map: str | None
     model: str | None
     trust_remote_code: bool
 

@@ -71,6 +71,7 @@ def infer(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the template.")] = False,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
@@ -89,9 +90,8 @@ def infer(
     from reft_cli.runs import open_run
 
     marks.append(time.perf_counter())
-    with open_run(
-        run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
-    ) as session:
+    place: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "device_map": device_map, "model": model}
+    with open_run(run, trust_remote_code=trust_remote_code, **place) as session:
         marks.append(time.perf_counter())
         if chat:
             _chat(session, how)

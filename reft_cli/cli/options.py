@@ -52,6 +52,10 @@ Checkpoint = Annotated[
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, mps, cuda or cuda:N; without it the fastest.", metavar="DEVICE")
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option("--device-map", help="auto: lay the base out over all GPUs, memory and disk.", metavar="auto"),
+]
 BaseModel = Annotated[
     str | None, typer.Option("--model", help="Where the base model lies now, if it has moved.", metavar="NAME")
 ]

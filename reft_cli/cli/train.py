@@ -114,7 +114,7 @@ def _as_several(folder: Path, loaded: LoadedSpec, *, resume: bool, overwrite: bo
 
     run, spec = RunFolder(folder), loaded.spec
     outcome = as_several(
-        spec.parallel.processes,
+        spec.parallel.processes if spec.model.device_map is None else 1,
         device=spec.model.device,
         before=lambda: run.check(resume=resume, overwrite=overwrite),
     )

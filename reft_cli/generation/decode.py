@@ -16,6 +16,7 @@ from reft_cli.generation.stream import Growing, cut_at
 from reft_cli.generation.whole import generate, stream
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.merging import Merge, find_merge
+from reft_cli.models.placement import is_spread
 from reft_cli.models.sharding import is_sharded
 from reft_cli.models.slots import try_slots
 from reft_cli.models.stacked import Member, Stack
@@ -32,7 +33,7 @@ class Decoder:
         self, model: PreTrainedModel, stack: Stack, *, tokenizer: PreTrainedTokenizerBase, compiled: bool = False
     ) -> None:
         self.model, self.stack, self.tokenizer, self.compiled = model, stack, tokenizer, compiled
-        self._sharded = is_sharded(model)
+        self._sharded, self._spread = is_sharded(model), is_spread(model)
         self._tried: tuple[str | None, int] | None = None
         self._slots: SlotDecoder | None = None
         self._wanted = 0  # slots, if memory allowed
@@ -54,6 +55,8 @@ class Decoder:
             return "use_cache is off"
         if self._sharded:
             return "its blocks are spread over processes"
+        if self._spread:
+            return "its blocks lie on several devices"
         if self._tried is None:
             self._tried = try_slots(self.model)
         return self._tried[0]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_cli.generation.settings import Decoding, Request, end_tokens
 from reft_cli.generation.stream import TextPieces
+from reft_cli.models.placement import entry_device
 from reft_cli.models.stacked import BASE, Live, Stack
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class PassEdits:
 def edits_while_generating(model: PreTrainedModel, stack: Stack, requests: Sequence[Request]) -> Iterator[None]:
     """Inside, every forward pass of the base model edits the tokens of these left-padded prompts."""
     width = max(len(request.prompt) for request in requests)
-    edits = PassEdits(stack, requests, width=width, device=model.device)
+    edits = PassEdits(stack, requests, width=width, device=entry_device(model))
     handle = model.register_forward_pre_hook(edits.before_pass, with_kwargs=True)
     try:
         with stack.hooked():
@@ -108,8 +109,8 @@ def generate(
         torch.manual_seed(decoding.seed)
     with edits_while_generating(model, stack, requests):
         output: Tensor = model.generate(  # type: ignore[operator]  # nn.Module's __getattr__ hides the method
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(entry_device(model)),
+            attention_mask=mask.to(entry_device(model)),
             generation_config=config_of(decoding, model, tokenizer),
             tokenizer=tokenizer if decoding.stop else None,
             streamer=streamer,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reft_cli.errors import ModelError
 from reft_cli.layers import parse_layers
+from reft_cli.models.placement import entry_device
 from reft_cli.models.sites import COMPONENTS
 
 # component -> paths inside a block, most specific first; the first one that exists is taken
@@ -169,8 +170,7 @@ def target_width(model: nn.Module, target: Target, component: str) -> int:
     else:
         handle = target.module.register_forward_hook(lambda _, __, output: remember(hidden_output(output)))
     with handle:
-        device = next(model.parameters()).device
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=entry_device(model)))
     if not seen:
         raise ModelError(
             f"intervention.component: {target.path} does not run in a forward pass, so it cannot be edited"

@@ -8,6 +8,7 @@ from reft_cli.interventions import DropoutOn, Init, build_bank
 from reft_cli.models.blocks import find_blocks, find_target, select_layers, target_width
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel
+from reft_cli.models.placement import entry_device
 from reft_cli.models.sites import plan_sites
 from reft_cli.positions import Positions
 
@@ -44,4 +45,4 @@ def build_intervened(
         dropout_on=dropout_on,
         generator=torch.Generator().manual_seed(seed),
     )
-    return IntervenedModel(base.model, blocks=blocks, bank=bank.to(next(base.model.parameters()).device), sites=sites)
+    return IntervenedModel(base.model, blocks=blocks, bank=bank.to(entry_device(base.model)), sites=sites)

@@ -41,7 +41,7 @@ class RowEditor:
 
     def __call__(self, h: Tensor, rows: Tensor, site: int) -> Tensor:
         """h [B, T, D] with its flat rows [N] edited, as the bank's site does."""
-        values = self.bank.values(site)
+        rows, values = rows.to(h.device), tuple(value.to(h.device) for value in self.bank.values(site))
         if self.bank.training and self.bank.dropout:
             flat = h.reshape(-1, h.shape[-1])
             before = flat.index_select(0, rows)

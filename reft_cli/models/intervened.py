@@ -26,6 +26,7 @@ from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
 from reft_cli.models.frozen import FrozenBlocks
 from reft_cli.models.low_bit import true_count
+from reft_cli.models.placement import devices_of, summary
 from reft_cli.models.sharding import is_sharded
 from reft_cli.models.sites import Site
 from reft_cli.models.unembedding import linear_head
@@ -127,7 +128,8 @@ class IntervenedModel(nn.Module):
         if self._answer_rows is None:
             return None
         h = args[0]
-        return (h.reshape(1, -1, h.shape[-1]).index_select(1, self._answer_rows), *args[1:])  # [1, K, D]
+        rows = self._answer_rows.to(h.device)
+        return (h.reshape(1, -1, h.shape[-1]).index_select(1, rows), *args[1:])  # [1, K, D]
 
     @contextmanager
     def editing(self, rows: Rows | None) -> Iterator[None]:
@@ -171,7 +173,7 @@ class IntervenedModel(nn.Module):
         if not torch.is_grad_enabled():
             self._last_mlp_rows = None
         h: Tensor = output.last_hidden_state
-        return h.reshape(-1, h.shape[-1]).index_select(0, answer_rows)
+        return h.reshape(-1, h.shape[-1]).index_select(0, answer_rows.to(h.device))
 
     @contextmanager
     def compiling(self, *, forgiving: bool = False) -> Iterator[None]:
@@ -245,7 +247,17 @@ class IntervenedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the base model takes its input."""
-        return next(self.base_model.parameters()).device
+        return self.devices[0]
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Every device that the base model runs on, that of its input first."""
+        return devices_of(self.base_model)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """How many blocks lie where, if they lie on several devices."""
+        return summary(self.base_model, self._blocks.path, self.block_count)
 
 
 def _only_at_rows(module: nn.Module, rows_of: Callable[[], Tensor | None]) -> list[torch.utils.hooks.RemovableHandle]:
@@ -259,7 +271,8 @@ def _only_at_rows(module: nn.Module, rows_of: Callable[[], Tensor | None]) -> li
             return None
         h = args[0]
         shape.append(h.shape)
-        return (h.reshape(*[1] * (h.ndim - 2), -1, h.shape[-1]).index_select(-2, rows), *args[1:])  # [1, K, D]
+        some = h.reshape(*[1] * (h.ndim - 2), -1, h.shape[-1]).index_select(-2, rows.to(h.device))  # [1, K, D]
+        return (some, *args[1:])
 
     def put_back(_: nn.Module, __: object, output: object) -> object:
         rows = rows_of()
@@ -267,7 +280,7 @@ def _only_at_rows(module: nn.Module, rows_of: Callable[[], Tensor | None]) -> li
             return None
         some = hidden_output(output)
         flat = some.new_zeros(shape[0][:-1].numel(), some.shape[-1])
-        whole = flat.index_copy(0, rows, some.reshape(-1, some.shape[-1])).view(*shape[0][:-1], -1)
+        whole = flat.index_copy(0, rows.to(some.device), some.reshape(-1, some.shape[-1])).view(*shape[0][:-1], -1)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     return [module.register_forward_pre_hook(take), module.register_forward_hook(put_back)]

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from reft_cli import bundled
 from reft_cli.errors import ModelError
 from reft_cli.models.float8 import to_float8, why_no_float8
 from reft_cli.models.low_bit import KINDS, quantization_config, true_shape
+from reft_cli.models.placement import is_spread, spreading
 from reft_cli.models.sharding import shard_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +52,10 @@ class BaseSource:
     trust_remote_code: bool = False
     shard: bool = False
     """Spread the blocks over the run's processes."""
+    device_map: str | None = None
+    """auto: lay the model out over the machine's devices."""
+    max_memory: Mapping[str, str] | None = None
+    """The most that weights take of each device, for `device_map`."""
 
     @property
     def location(self) -> str:
@@ -176,7 +182,7 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
     model.eval()
     if source.shard:
         shard_blocks(model, device)
-    if source.quantization not in KINDS:
+    if source.quantization not in KINDS and not is_spread(model):
         model.to(device)
     if source.quantization == "float8":
         reason = why_no_float8(device)
@@ -192,6 +198,8 @@ def _placement(source: BaseSource, auto: type, config: PretrainedConfig, device:
 
     So it does for a head, whose first weights are drawn on the CPU, the same for every device.
     """
+    if source.device_map is not None:
+        return spreading(device, source.max_memory)
     if source.quantization in KINDS:
         dtype = pick_dtype(source.dtype, device)
         quantised = quantization_config(source.quantization, auto=auto, config=config, dtype=dtype)

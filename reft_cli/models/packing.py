@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_cli.models.attention import NotPackable, attending
+from reft_cli.models.placement import entry_device
 
 LONG, SHORT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18, 19]
 NOISE = 4.0  # times the difference that padding makes, which is rounding
@@ -72,18 +73,18 @@ class _Pass:
     """One forward pass: the logits [N, V] of the real tokens, and gradients to their embeddings."""
 
     def __init__(self, model: PreTrainedModel, sequences: list[list[int]], layout: str | None) -> None:
-        lengths = [len(sequence) for sequence in sequences]
+        lengths, device = [len(sequence) for sequence in sequences], entry_device(model)
         extra: dict[str, Tensor | int] = {}
         if layout == "padded":
             tokens = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
             for row, sequence in zip(tokens, sequences, strict=True):
                 row[: len(sequence)] = torch.tensor(sequence)
-            extra = {"attention_mask": (tokens > 0).long().to(model.device)}
+            extra = {"attention_mask": (tokens > 0).long().to(device)}
         else:
             tokens = torch.tensor([[token for sequence in sequences for token in sequence]])
-            extra = packing_inputs(lengths, model.device) if layout == "packed" else {}
-        self.real = tokens.flatten().nonzero().squeeze(-1).to(model.device)
-        self.embedded = model.get_input_embeddings()(tokens.to(model.device)).detach().requires_grad_(True)
+            extra = packing_inputs(lengths, device) if layout == "packed" else {}
+        self.real = tokens.flatten().nonzero().squeeze(-1).to(device)
+        self.embedded = model.get_input_embeddings()(tokens.to(device)).detach().requires_grad_(True)
         self._logits = model(inputs_embeds=self.embedded, use_cache=False, **extra).logits.flatten(0, 1)[self.real]
         self.logits = self._logits.detach().float()
 

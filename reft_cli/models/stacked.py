@@ -59,6 +59,12 @@ class Place:
     column_owners: Tensor  # [R]
     diagonal: tuple[Tensor, Tensor] | None  # scale and shift [O, D]
 
+    def to(self, device: torch.device) -> Place:
+        """The same on a device."""
+        down, bias, up, owners = (each.to(device) for each in (self.down, self.bias, self.up, self.column_owners))
+        diagonal = self.diagonal and (self.diagonal[0].to(device), self.diagonal[1].to(device))
+        return Place(down, bias, up, owners, diagonal)
+
     def delta(self, h: Tensor, owners: Tensor) -> Tensor:
         """Δ [N, D] of the rows h [N, D], in float32 (float64 if either is)."""
         wide = torch.promote_types(h.dtype, self.down.dtype)
@@ -161,14 +167,19 @@ class Stack:
                 self.live = None
 
     def _editor(self, place: Place) -> Callable[[Tensor], Tensor | None]:
+        here = place
+
         def edit(h: Tensor) -> Tensor | None:
+            nonlocal here
             if self.live is None:
                 return None
-            rows, owners = self.live.rows, self.live.owners
+            rows, owners = self.live.rows, self.live.owners.to(h.device)
+            if here.down.device != h.device:
+                here = here.to(h.device)
             flat = h.reshape(-1, h.shape[-1])
-            before = flat if rows is None else flat.index_select(0, rows)  # [N, D]
-            after = (before + place.delta(before, owners)).to(h.dtype)  # summed in float32, then rounded once
-            return (after if rows is None else flat.index_copy(0, rows, after)).view_as(h)
+            before = flat if rows is None else flat.index_select(0, rows.to(h.device))  # [N, D]
+            after = (before + here.delta(before, owners)).to(h.dtype)  # summed in float32, then rounded once
+            return (after if rows is None else flat.index_copy(0, rows.to(h.device), after)).view_as(h)
 
         return edit
 

@@ -90,6 +90,8 @@ class ModelReport:
     head_parameters: int
     sites: int
     layers: list[int]
+    places: dict[str, int]
+    """How many blocks lie where, if the base lies on several devices."""
     component: str
     width: int
     arithmetic: str
@@ -162,6 +164,7 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
         head_parameters=head,
         sites=len(model.sites),
         layers=sorted({site.layer for site in model.sites}),
+        places=model.places,
         component=spec.intervention.component,
         width=bank.width,
         arithmetic=f"{parts} (width {bank.width}, rank {bank.rank or '–'})",

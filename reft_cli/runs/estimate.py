@@ -101,9 +101,8 @@ def tokens_of(examples: Sequence[Example], *, global_batch_size: int, steps: int
 
 def _try_pass(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool) -> tuple[float, int | None]:
     """(seconds, peak bytes) of one forward and backward pass, the second of two; no weight is changed."""
-    device, seconds = model.device, 0.0
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    gpus, seconds = [device for device in model.devices if device.type == "cuda"], 0.0
+    for device in gpus:
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
     with model, model.packing(packed):
@@ -113,9 +112,9 @@ def _try_pass(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool)
             with model.editing(batch.rows):
                 task.loss(model, batch).backward()
             model.bank.backpropagate()
-            if on_gpu:
+            for device in gpus:
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
     model.bank.zero_grad()
     model.eval()
-    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return seconds, sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None

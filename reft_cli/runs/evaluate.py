@@ -18,6 +18,7 @@ from reft_cli.errors import SpecError
 from reft_cli.evaluation.answers import answer_all, answer_store
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.generation.decode import requests_of
+from reft_cli.generation.settings import Decoding
 from reft_cli.parallel.collective import from_first, is_first, joined
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
@@ -64,6 +65,7 @@ def evaluate(
     base: Base = "none",
     generation: dict[str, Any] | None = None,
     device: str | None = None,
+    device_map: str | None = None,
     model: str | None = None,
     trust_remote_code: bool = False,
     observer: Observer,
@@ -73,22 +75,14 @@ def evaluate(
     The result and every row's prediction are kept in the run's eval/ folder, named by data, step and what was left out.
     Each process that a launcher started scores its share; the first one writes and tells the observer.
     """
-    place = {"checkpoint": checkpoint, "device": device, "model": model}
+    place: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "device_map": device_map, "model": model}
     with joined(device=device or "auto"), open_run(run, trust_remote_code=trust_remote_code, **place) as session:
         observer = observer if is_first() else NullObserver()
         rows = _rows(session, data, split, limit)
         encoded = session.text.encode(rows, tell=partial(observer.on_message, "debug"))
         overrides = (generation or {}) | {"batch_size": batch_size}
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
-        metric = session.checkpoint.manifest.text.metric
-        evaluator = evaluator_of(
-            session.text,
-            metric=metric,
-            decoding=decoding,
-            batch_size=size,
-            device=session.model.device,
-            tied=session.tied,
-        )
+        evaluator = _evaluator(session, decoding, batch_size=size)
         step = session.checkpoint.manifest.step
         name = _file_name(split if data is None else Path(encoded.name).stem, step, base=base, limit=limit)
         started = time.perf_counter()
@@ -99,7 +93,7 @@ def evaluate(
             checkpoint=session.found.checkpoint,
             data=encoded.name,
             rows=len(encoded.examples),
-            metric=metric,
+            metric=evaluator.metric,
             metrics=results["run"].metrics if "run" in results else {},
             base_metrics=results["base"].metrics if "base" in results else {},
             seconds=round(seconds, 3),
@@ -113,6 +107,17 @@ def evaluate(
     observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))
     observer.on_end("finished")
     return report
+
+
+def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None) -> Evaluator:
+    return evaluator_of(
+        session.text,
+        metric=session.checkpoint.manifest.text.metric,
+        decoding=decoding,
+        batch_size=batch_size,
+        device=session.model.device,
+        tied=session.tied,
+    )
 
 
 def _file_name(scored: str, step: int, *, base: Base, limit: int | None) -> str:

@@ -14,6 +14,7 @@ from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import ModelError
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed
+from reft_cli.models.placement import is_offloaded
 from reft_cli.parallel.collective import size
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
@@ -25,6 +26,7 @@ from reft_cli.training.schedule import Order
 # Floating-point operations of a run from which compiling wins back its time: on an H200 it takes 10 to 40 seconds and
 # saves a third of a step of a model of 1B parameters (1.6e13 operations), a sixth at 8B (1.1e14).
 WORTH_COMPILING = 5e16
+SPREAD = "the base lies on several devices"
 COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
 
 
@@ -47,11 +49,14 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     batch = spec.train.global_batch_size
     steps = Order(len(examples), batch, spec.train.seed).steps(spec.train.epochs, spec.train.max_steps)
     operations = model.operations_a_token() * tokens_of(examples, global_batch_size=batch, steps=steps)
+    _check_offloading(model, spec)
     layout, layout_reason = _choose_layout(model, spec)
     compiled, compile_reason = _choose_compiling(model, spec, operations)
     recorded, record_reason = False, None
     if spec.parallel.shard:
         record_reason = "parallel.shard gathers blocks as they are needed"
+    elif model.places:
+        record_reason = SPREAD
     elif spec.train.cuda_graphs == "auto":
         record_reason = why_not_recorded(
             model,
@@ -64,6 +69,16 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
         model, spec, examples, packed=layout == "packed", repeated=steps * batch > len(examples)
     )
     return Execution(layout, layout_reason, compiled, compile_reason, recorded, record_reason, cached, cache_reason)
+
+
+def _check_offloading(model: IntervenedModel, spec: Spec) -> None:
+    """ModelError: weights that are fetched for each pass would stay until its end, and so all be there at once."""
+    if is_offloaded(model.base_model) and not spec.train.gradient_checkpointing:
+        places = ", ".join(f"{count} blocks on {place}" for place, count in model.places.items())
+        raise ModelError(
+            f"model.device_map: the base is larger than the devices ({places}), and weights that are fetched for a "
+            "block leave again before the pass is over only with train.gradient_checkpointing: true"
+        )
 
 
 def _choose_layout(model: IntervenedModel, spec: Spec) -> tuple[Layout, str | None]:
@@ -80,7 +95,8 @@ def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> 
     wanted = spec.train.compile
     if wanted == "off":
         return False, None
-    reason = "the base is sharded" if spec.parallel.shard else _why_not_compiled(model.device)
+    reason = "the base is sharded" if spec.parallel.shard else SPREAD if model.places else None
+    reason = reason or _why_not_compiled(model.device)
     if reason is not None and wanted == "on":
         raise ModelError(f"train.compile: on is not possible: {reason}; write auto or off")
     if wanted == "on" or reason is not None:
@@ -98,7 +114,8 @@ def _choose_caching(
     wanted = spec.train.cache_frozen
     if wanted == "off":
         return False, None
-    reason = why_not_cached(
+    reason = SPREAD if model.places else None
+    reason = reason or why_not_cached(
         model,
         tokens=len(Examples.of(examples).tokens),
         packed=packed,

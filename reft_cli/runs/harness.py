@@ -40,6 +40,7 @@ def evaluate_tasks(
     batch_size: int | None = None,
     base: Base = "none",
     device: str | None = None,
+    device_map: str | None = None,
     model: str | None = None,
     trust_remote_code: bool = False,
     observer: Observer,
@@ -51,7 +52,12 @@ def evaluate_tasks(
     """
     names, manager = _known(tasks, folder)
     with open_run(
-        run, checkpoint=checkpoint, device=device, model=model, trust_remote_code=trust_remote_code
+        run,
+        checkpoint=checkpoint,
+        device=device,
+        device_map=device_map,
+        model=model,
+        trust_remote_code=trust_remote_code,
     ) as session:
         _check_text(session, chat=chat)
         _, size = merge_generation(session.checkpoint.manifest.generation, {"batch_size": batch_size})

@@ -95,18 +95,19 @@ def memory_parts_of(
     return memory_parts(model, task, batch, packed=layout == "packed", checkpointing=checkpointing)
 
 
-def first_budget(limit: int, parts: MemoryParts, device: torch.device) -> int:
-    """Tokens of a pass to try first: `limit`, or what the free memory of the fullest process's GPU may hold."""
-    if device.type != "cuda":
+def first_budget(limit: int, parts: MemoryParts, devices: Sequence[torch.device]) -> int:
+    """Tokens of a pass to try first: `limit`, or what the free memory of the fullest GPU of any process may hold."""
+    if devices[0].type != "cuda":
         return limit
     torch.cuda.empty_cache()
-    return smallest(min(limit, parts.tokens_in(torch.cuda.mem_get_info(device)[0])))
+    return smallest(min(limit, parts.tokens_in(min(torch.cuda.mem_get_info(each)[0] for each in devices))))
 
 
 def _parts_of(module: nn.Module) -> Iterator[Tensor]:
     """What a module holds on its device: parameters and buffers, of a sharded one the part that is here."""
     for tensor in chain(module.parameters(), module.buffers()):
-        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not tensor.is_meta:  # fetched for each pass
+            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tokens(batch: Batch) -> int:
@@ -116,16 +117,13 @@ def _tokens(batch: Batch) -> int:
 
 
 def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a pass: every piece of memory once, and no weight.
-
-    They are counted at the end, when the blocks that a sharded base has gathered are given up again.
-    """
-    found: dict[int, torch.UntypedStorage] = {}
+    """Bytes that autograd keeps of a pass: every piece of memory once, and no weight, be it gathered or fetched."""
+    found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage._cdata] = storage
+        storage, whole = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
+        if storage.data_ptr() not in weights and not isinstance(whole, nn.Parameter):
+            found[storage._cdata] = storage.nbytes()
         return tensor
 
     there = batch.to(model.device)
@@ -140,7 +138,7 @@ def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, che
         weights |= {value.untyped_storage().data_ptr() for value in values}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), model.editing(there.rows):
             task.loss(model, there)
-    kept = sum(storage.nbytes() for storage in found.values())
+    kept = sum(found.values())
     model.bank.zero_grad()
     model.checkpoint_activations(False)
     model.eval()

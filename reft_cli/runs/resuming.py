@@ -30,6 +30,8 @@ FREE = (
     "evaluation",
     "generation",
     "model.device",
+    "model.device_map",
+    "model.max_memory",
     "data.folder",  # the rows have fingerprints
     "data.test",
     "train.epochs",

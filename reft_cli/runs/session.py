@@ -18,11 +18,14 @@ from reft_cli.data.templates import TextTemplate
 from reft_cli.errors import SpecError
 from reft_cli.generation.decode import Decoder
 from reft_cli.generation.settings import Answer, Request
+from reft_cli.kinds import WRITING
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseSource, load_tokenizer
+from reft_cli.parallel.collective import size
 from reft_cli.runfolder import Found, find
 from reft_cli.runs.assemble import build_from_checkpoint, load_base, manifest_positions, merge_generation, token_budget
 from reft_cli.runs.texts import TextSide, text_side_of
+from reft_cli.spec.quoting import printable
 from reft_cli.tasks.objectives import predict
 
 Fields = Mapping[str, Any]
@@ -159,26 +162,47 @@ def open_run(
     *,
     checkpoint: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
+    max_memory: Mapping[str, str] | None = None,
     model: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Session:
     """Load a run or a checkpoint folder with nothing but its path; `model` says where its base lies now.
 
+    `device_map` and `max_memory` are the spec's. SpecError: a device map that there is not, or beside what excludes it.
     CheckpointError: there is none, it is damaged, or the base is another one. ModelError: the base cannot be loaded.
     """
     found = find(run, checkpoint=checkpoint)
     stored = read_checkpoint(found.checkpoint)
     base = stored.manifest.base
+    if device_map is not None:
+        _check_map(device_map, device=device, quantization=base.quantization, kind=stored.manifest.text.kind)
     source = BaseSource(
         name=model or base.name,
         revision=None if model else base.commit,
         dtype=dtype or stored.manifest.base.dtype,
         quantization=stored.manifest.base.quantization,
         device=device or "auto",
+        device_map=device_map,
+        max_memory=max_memory,
         trust_remote_code=trust_remote_code,
     )
     tokenizer = load_tokenizer(source)
     text = text_side_of(stored.manifest.text, tokenizer=tokenizer, positions=manifest_positions(stored.manifest))
     loaded = load_base(source, text, seed=0)
     return Session(found, stored, build_from_checkpoint(loaded, stored), text)
+
+
+def _check_map(device_map: str, *, device: str | None, quantization: str | None, kind: str) -> None:
+    """SpecError: no such map, or something that excludes it."""
+    if device_map != "auto":
+        raise SpecError(f"--device-map {printable(device_map)}: the only one is auto")
+    if device not in (None, "auto", "cuda", "cpu"):
+        raise SpecError(f"--device-map auto: --device {printable(device)} is one device; leave out one of them")
+    if quantization is not None:
+        raise SpecError(f"--device-map auto: a base in {quantization} is not laid out over devices; leave it out")
+    if kind not in WRITING:
+        raise SpecError(f"--device-map auto: the head of a {kind} run lies on one device; leave it out")
+    if size() > 1:
+        raise SpecError(f"--device-map auto: one process takes all devices, and there are {size()}")

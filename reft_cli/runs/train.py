@@ -188,6 +188,7 @@ class _Work:
                 "dtype": str(next(self.model.base_model.parameters()).dtype).removeprefix("torch."),
                 "parameters": self.model.base_count(),
             },
+            "places": self.model.places,
             "trainable": self.model.trainable_count(),
             "data": {
                 split: {"name": encoded.name, "read": encoded.counts.read, "used": encoded.counts.used}
@@ -271,7 +272,7 @@ class _Work:
                 layout=self.execution.layout,
                 checkpointing=self.spec.train.gradient_checkpointing,
             )
-            self.token_budget = first_budget(self.token_budget, parts, device)
+            self.token_budget = first_budget(self.token_budget, parts, self.model.devices)
 
     def _fit(self, trainer: Trainer) -> None:
         """Settle how many tokens a pass may have, and write it down for a resumed run."""
@@ -433,7 +434,8 @@ def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
     if not probed and train.micro_batch_size != 1:
         smaller = 1 if train.micro_batch_size == "auto" else max(1, train.micro_batch_size // 2)
         ways.insert(0, f"train.micro_batch_size: {smaller}")
-    changing = ["model.quantization: nf4"] if spec.model.quantization is None and not spec.parallel.shard else []
+    spread = spec.parallel.shard or spec.model.device_map is not None
+    changing = ["model.quantization: nf4"] if spec.model.quantization is None and not spread else []
     changing.append(f"data.max_length: {spec.data.max_length // 2}")
     last = "last two change" if len(changing) == 2 else "last changes"
     more = f"; {needed[1]} more were needed" if needed else ""
@@ -444,6 +446,8 @@ def _check_processes(spec: Spec) -> None:
     wanted = spec.parallel.processes
     if is_launched() and wanted not in ("auto", size()):
         raise SpecError(f"parallel.processes: {wanted}, and the launcher started {size()}; write auto")
+    if spec.model.device_map is not None and size() > 1:
+        raise SpecError(f"model.device_map: one process takes all devices, and the launcher started {size()}")
 
 
 def _check_trackers(spec: Spec) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reft_cli.kinds import ANSWERED, PAIRED
+from reft_cli.kinds import ANSWERED, PAIRED, WRITING
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.spec.base import Conflict, Fraction, PositiveInt, Section, Words
@@ -22,6 +22,7 @@ from reft_cli.spec.task import KINDS, Metric, TaskSpec, check_metric
 COLDEST = 1e-4  # temperatures below it divide logits into infinity
 Layers = Annotated[Literal["all"] | list[int] | str, Words("all, a list such as [4, 6], or text such as 0-15/2")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"), Words("auto, cpu, mps, cuda or cuda:N")]
+Size = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[KMG]i?B$"), Words("a size such as 20GiB")]
 RunName = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"),
@@ -46,12 +47,42 @@ class ModelSpec(Section):
     quantization: Literal["float8", "nf4", "int8"] | None = None
     """float8: the blocks' linear layers in one byte a weight, multiplied at twice the rate of bfloat16 on GPUs from Ada
     and Hopper on; costs some accuracy. nf4, int8: 4 or 8 bits a weight through bitsandbytes; saves memory, not time."""
+    device_map: Literal["auto"] | None = None
+    """auto: one process lays the base out over all GPUs, then the machine's memory, then its disk, for a base larger
+    than one GPU. Slower than on one; several processes spread a base faster, see parallel.shard."""
+    max_memory: dict[str, Size] | None = None
+    """With device_map, the most that weights take of each device, such as {"0": 60GiB, cpu: 100GiB}; the disk takes the
+    rest, and devices that are not named take none."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation of transformers."""
     dropout: bool = False
     """Keep the base's own dropout while training, as pyreft's GLUE runs do."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository brings. Only for repositories you have read."""
+
+    @field_validator("max_memory")
+    @classmethod
+    def _known_places(cls, given: dict[str, str] | None) -> dict[str, str] | None:
+        wrong = [name for name in given or {} if not re.fullmatch(r"[0-9]{1,3}|cpu", name)]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` is neither cpu nor the number of a GPU")
+        return given
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> ModelSpec:
+        if self.device_map is None:
+            if self.max_memory is not None:
+                raise Conflict("has no meaning without device_map; add device_map: auto", "max_memory", "device_map")
+            return self
+        if self.quantization is not None:
+            raise Conflict(
+                f"a base in {self.quantization} is not laid out over devices; leave out one of them",
+                "device_map",
+                "quantization",
+            )
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise Conflict(f"{self.device} is one device; write auto or cuda", "device", "device_map")
+        return self
 
 
 class InterventionSpec(Section):
@@ -342,6 +373,8 @@ class Spec(Section):
             )
         for key in self._of_answers():
             raise Conflict(f"has no meaning with task.kind {self.task.kind}; remove it", key, "task.kind")
+        if self.model.device_map is not None:
+            self._one_process_fits()
         if self.parallel.shard and self.model.quantization is not None:
             raise Conflict(
                 f"a base in {self.model.quantization} cannot be sharded; leave out one of them",
@@ -355,6 +388,26 @@ class Spec(Section):
                 "task.kind",
             )
         return self
+
+    def _one_process_fits(self) -> None:
+        if self.parallel.shard:
+            raise Conflict(
+                "one process lays a base out over devices, and parallel.shard spreads it over processes; leave out one",
+                "model.device_map",
+                "parallel.shard",
+            )
+        if self.parallel.processes not in ("auto", 1):
+            raise Conflict(
+                f"one process takes all devices, and {self.parallel.processes} are asked for; leave out one of them",
+                "model.device_map",
+                "parallel.processes",
+            )
+        if self.task.kind not in WRITING:
+            raise Conflict(
+                f"the head of task.kind {self.task.kind} trains on one device; leave device_map out",
+                "model.device_map",
+                "task.kind",
+            )
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Spec:

@@ -140,7 +140,7 @@ class Trainer:
     def resume(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         """Go on from a captured state; the model's weights are loaded already."""
         self.progress = progress
-        restore_state(tensors, self.optimizer, self.parameters, self.model.device)
+        restore_state(tensors, self.optimizer, self.parameters, self.model.devices)
         if self.references is not None and REFERENCES in tensors:  # not in checkpoints of older versions
             self.references.restore(tensors[REFERENCES])
         if progress.loss_scale:
@@ -174,7 +174,7 @@ class Trainer:
             self.model.bank.backpropagate()
 
         self.model.train()
-        with self.running(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self.running(), torch.random.fork_rng(self.model.devices if device.type == "cuda" else []):
             found = budget.fitting_budget(
                 settings.token_budget,
                 examples=self.loader.examples,
@@ -313,8 +313,8 @@ class Trainer:
         progress = self.progress
         per_second = progress.tokens / max(progress.seconds, 1e-9)
         left = (self.steps - progress.step) * progress.seconds / max(progress.step, 1)
-        device = self.model.device
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        gpus = [device for device in self.model.devices if device.type == "cuda"]
+        memory = max(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None
         losses = progress.recent_losses[-self.settings.log_every :]
         record = StepRecord(
             step=progress.step,
@@ -365,7 +365,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.loss_scale = self.scaler.state_dict()
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        state = capture_state(self.optimizer, names, self.model.device)
+        state = capture_state(self.optimizer, names, self.model.devices)
         if self.references is not None:
             state[REFERENCES] = self.references.state()
         self.hooks.save(self.progress, state)

@@ -53,7 +53,7 @@ class PlainPasses:
         with self.model.editing(there.rows), self.model.above(there.frozen):
             loss = self.task.loss(self.model, there) / units
             self.scaler.scale(loss).backward()
-        return loss.detach()
+        return loss.detach().to(self.model.device)
 
 
 def why_not_recorded(model: IntervenedModel, *, packed: bool, checkpointing: bool, dropout: bool) -> str | None:

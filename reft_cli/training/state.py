@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,21 +43,22 @@ class Progress:
         return asdict(self)
 
 
-def capture_state(optimizer: Optimizer, names: dict[int, str], device: torch.device) -> dict[str, Tensor]:
-    """The optimizer's moments, by parameter name, and the random number generators' states."""
+def capture_state(optimizer: Optimizer, names: dict[int, str], devices: Sequence[torch.device]) -> dict[str, Tensor]:
+    """The optimizer's moments, by parameter name, and the random number generators' states, of every GPU in use."""
     state = {
         f"optimizer.{names[id(parameter)]}.{kind}": tensor.detach().clone()
         for parameter, kinds in optimizer.state.items()
         for kind, tensor in kinds.items()
     }
     state["rng.cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        state["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    return state | {name: torch.cuda.get_rng_state(device) for name, device in _generators(devices)}
 
 
 def restore_state(
-    tensors: dict[str, Tensor], optimizer: Optimizer, parameters: dict[str, torch.nn.Parameter], device: torch.device
+    tensors: dict[str, Tensor],
+    optimizer: Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    devices: Sequence[torch.device],
 ) -> None:
     """Put captured moments and generator states back. ValueError: they are not those of these parameters."""
     for name, parameter in parameters.items():
@@ -71,8 +73,15 @@ def restore_state(
             kind: value.clone() if kind == "step" else value.to(parameter.device) for kind, value in kinds.items()
         }
     torch.set_rng_state(tensors["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    for name, device in _generators(devices):
+        if name in tensors:
+            torch.cuda.set_rng_state(tensors[name], device)
+
+
+def _generators(devices: Sequence[torch.device]) -> list[tuple[str, torch.device]]:
+    """GPUs and the names of their generators' states; a single one has none of its own."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    return [(f"rng.cuda.{number}" if number else "rng.cuda", device) for number, device in enumerate(gpus)]
 
 
 def seed_everything(seed: int) -> None:

@@ -72,7 +72,7 @@ class World:
         fresh = build_from_spec(self.base, self.spec.spec)
         optimizer = build_optimizer(fresh, learning_rate=1.0, weight_decay=0.0)
         try:
-            restore_state(start.tensors, optimizer, trainable_parameters(fresh), torch.device("cpu"))
+            restore_state(start.tensors, optimizer, trainable_parameters(fresh), [torch.device("cpu")])
         except (TypeError, KeyError, RuntimeError, ValueError) as error:  # what resuming makes a CheckpointError of
             raise files.CheckpointError(f"{start.checkpoint.path}: {type(error).__name__}") from error
         return _bits(model.trainable_state()), stored.manifest.model_dump_json(), _bits(start.tensors), start.progress
