@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
 
 def _blocks_through(count: int, width: int) -> Blocks:
     """Of `project` and `expand`: a row is in at most eight parts, which every program of `_expand` adds up."""
-    return Blocks(16 if count >= MANY else 4, max(256, triton.next_power_of_2(triton.cdiv(width, 8))), 4)
+    return Blocks(8 if count >= MANY else 4, max(256, triton.next_power_of_2(triton.cdiv(width, 8))), 4)
 
 
 def _blocks_outer(count: int) -> Blocks:
@@ -94,7 +94,7 @@ def _expand(
             z += tl.load(bias + j, mask=j < R, other=0.0)[None, :]
         tl.store(inner + at, z, mask=live & (tl.program_id(1) == 0))
         some = tl.load(right + j[:, None] * D + d[None, :], mask=(j < R)[:, None] & (d < D)[None, :], other=0.0)
-        delta += tl.sum(z[:, :, None] * some[None, :, :], axis=1)
+        delta += tl.sum(some[None, :, :] * z[:, :, None], axis=1)  # turned, Triton would make a TF32 product of it
     if WRITE:
         y = (x.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * D + d[None, :], y, mask=inside)

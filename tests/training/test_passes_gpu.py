@@ -36,9 +36,11 @@ def base_of(family: str, dtype: torch.dtype) -> BaseModel:
     return BaseModel(model, family, None, shape_hash(model))
 
 
-def intervened(base: BaseModel, method: str = "loreft", layers: str = "all") -> IntervenedModel:
+def intervened(
+    base: BaseModel, method: str = "loreft", layers: str = "all", component: str = "block_output"
+) -> IntervenedModel:
     return build_intervened(
-        base, method=method, layers=layers, component="mlp_output" if method == "red" else "block_output",
+        base, method=method, layers=layers, component="mlp_output" if method == "red" else component,
         positions=POSITIONS, tied=True, rank=None if method == "red" else 4, init="paper", dropout=0.0,
         dropout_on="delta", seed=0,
     ).train()  # fmt: skip
@@ -130,16 +132,28 @@ def test_compiled_passes_are_plain_passes(dtype: torch.dtype, layers: str):
                         torch.testing.assert_close(found(model, recorded, batch), wanted, **close)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_checkpointed_passes_are_plain_passes(compiled: bool):
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+@pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "attention_output"])
+def test_edits_in_kernels_are_plain_edits(family: str, component: str):
+    model = intervened(base_of(family, torch.float32), component=component)
+    plain = plain_passes(model)
+    with packed(model):
+        expected = [found(model, plain, batch) for batch in batches()]
+        model._fuse(True)  # the edits run in kernels; blocks as they are
+        again = [found(model, plain, batch) for batch in batches()]
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_checkpointed_passes_are_plain_passes(fused: bool):
     model = intervened(base_of("Llama", torch.float32))
     plain = plain_passes(model)
     with packed(model):
         expected = [found(model, plain, batch) for batch in batches()]
         model.checkpoint_activations(True)
-        with model.compiling() if compiled else nullcontext():
-            again = [found(model, plain, batch) for batch in batches()]
-    torch.testing.assert_close(again, expected, rtol=1e-4 if compiled else 1e-5, atol=1e-5 if compiled else 1e-6)
+        model._fuse(fused)  # the edits run in kernels; blocks as they are
+        again = [found(model, plain, batch) for batch in batches()]
+    torch.testing.assert_close(again, expected, rtol=1e-4 if fused else 1e-5, atol=1e-5 if fused else 1e-6)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
