@@ -22,6 +22,7 @@ LARGEST = torch.finfo(FLOAT8).max
 SMALLEST = 1e-12  # of a row's largest number; rows of zeros have a scale too
 MULTIPLE = 16  # of a layer's inputs and outputs, as float8 matrix units take them
 OLDEST_GPU = (8, 9)
+PIECE = 2**20  # numbers of a weight that are quantised at once
 
 
 def why_no_float8(device: torch.device) -> str | None:
@@ -31,14 +32,17 @@ def why_no_float8(device: torch.device) -> str | None:
     return f"there is no float8 on {device.type}" if device.type not in ("cuda", "cpu") else None
 
 
-def to_float8(model: nn.Module) -> int:
-    """Turn the blocks' linear layers into float8, in place and one by one; returns how many. ModelError: none."""
+def to_float8(model: nn.Module, device: torch.device | None = None) -> int:
+    """Turn the blocks' linear layers into float8, in place and one by one; returns how many. ModelError: none.
+
+    Each is moved to `device` for that, which so never holds more than one wide layer; the rest stays where it is.
+    """
     done = 0
     for block in find_blocks(model).modules:
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and not (child.in_features % MULTIPLE or child.out_features % MULTIPLE):
-                    setattr(parent, name, Float8Linear(child))
+                    setattr(parent, name, Float8Linear(child.to(device)))
                     done += 1
     if not done:
         raise ModelError(
@@ -56,7 +60,7 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, scale = quantize_rows(linear.weight.detach())
+        weight, scale = _quantize_slowly(linear.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)  # [O, I]
         self.register_buffer("scale", scale, persistent=False)  # [O, 1]
         self.register_buffer("turned", None, persistent=False)  # [I, O], columns together, as matrix units want it
@@ -111,6 +115,16 @@ def quantize_rows(wide: Tensor) -> tuple[Tensor, Tensor]:
     wide = wide.float()
     scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+
+
+def _quantize_slowly(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, some rows at a time, so that it takes little memory besides."""
+    pieces = wide.split(max(1, PIECE // wide.shape[1]))
+    small, scale = torch.empty_like(wide, dtype=FLOAT8), wide.new_empty(len(wide), 1, dtype=torch.float32)
+    for piece, *to in zip(pieces, small.split(len(pieces[0])), scale.split(len(pieces[0])), strict=True):
+        for there, made in zip(to, quantize_rows(piece), strict=True):
+            there.copy_(made)
+    return small, scale
 
 
 def _product(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, kind: torch.dtype) -> Tensor:

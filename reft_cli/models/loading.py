@@ -162,6 +162,9 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
             if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
     device = pick_device(source.device)
+    reason = why_no_float8(device) if source.quantization == "float8" else None
+    if reason is not None:
+        raise ModelError(f"model.quantization: {reason}; remove it, or train elsewhere")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers warns of weights that the head brings anew
@@ -182,21 +185,19 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
     model.eval()
     if source.shard:
         shard_blocks(model, device)
+    if source.quantization == "float8":
+        to_float8(model, device)
     if source.quantization not in KINDS and not is_spread(model):
         model.to(device)
-    if source.quantization == "float8":
-        reason = why_no_float8(device)
-        if reason is not None:
-            raise ModelError(f"model.quantization: {reason}; remove it, or train elsewhere")
-        to_float8(model)
     commit = getattr(config, "_commit_hash", None)
     return BaseModel(model, source.name, commit, shape_hash(model), source.dtype, source.quantization)
 
 
 def _placement(source: BaseSource, auto: type, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
-    """Weights go straight from the file to the device, quantised on the way; to shard them, the CPU comes first.
+    """Weights go straight from the file to the device, quantised on the way by bitsandbytes.
 
-    So it does for a head, whose first weights are drawn on the CPU, the same for every device.
+    To shard them or turn them into float8, they stay in the file, which is mapped into memory, until it is their turn.
+    So they do with a head, whose first weights are drawn on the CPU, the same for every device.
     """
     if source.device_map is not None:
         return spreading(device, source.max_memory)
@@ -204,7 +205,8 @@ def _placement(source: BaseSource, auto: type, config: PretrainedConfig, device:
         dtype = pick_dtype(source.dtype, device)
         quantised = quantization_config(source.quantization, auto=auto, config=config, dtype=dtype)
         return {"quantization_config": quantised, "device_map": {"": device}}
-    straight = device.type == "cuda" and auto is AutoModelForCausalLM and not source.shard
+    waiting = source.shard or source.quantization == "float8" or auto is not AutoModelForCausalLM
+    straight = device.type == "cuda" and not waiting
     return {"device_map": {"": device}} if straight else {}
 
 

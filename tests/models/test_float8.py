@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from reft_cli.errors import ModelError
 from reft_cli.models.float8 import Float8Linear, quantize_rows, to_float8, why_no_float8
-from reft_cli.models.loading import shape_hash
+from reft_cli.models.loading import BaseSource, load_causal_lm, shape_hash
 from tiny_models import config_of
 
 N, I, O = 24, 64, 48  # noqa: E741
@@ -96,3 +97,17 @@ def test_a_compiler_takes_float8_layers(monkeypatch: pytest.MonkeyPatch):
         made.square().sum().backward()
         found.append((made.detach(), x.grad))
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.gpu
+def test_a_gpu_never_holds_the_wide_model(tmp_path: Path):
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    base = load_causal_lm(BaseSource(str(tmp_path), device="cuda", quantization="float8"))
+    assert torch.cuda.max_memory_allocated() - before < 0.75 * size  # half of it, and a layer in float32
+    assert {parameter.device.type for parameter in base.model.parameters()} == {"cuda"}
