@@ -246,6 +246,7 @@ class _Work:
                 log=self._log,
                 signal=signals.agreed,
                 last_good=self._last_good,
+                unrecorded=self._unrecorded,
             ),
         )
         if start is not None:
@@ -351,6 +352,11 @@ class _Work:
         if not there:
             return "There is no checkpoint yet."
         return f"Last good checkpoint: {there[-1].relative_to(self.run.path)}."
+
+    def _unrecorded(self, reason: str) -> None:
+        self.observer.on_message("warning", f"CUDA graphs are off, {reason}")
+        if is_first():
+            self.run.note({"recorded": False, "record_reason": reason})
 
     def _go_on(self, trainer: Trainer, start: Start) -> None:
         load_trainables(self.model, start.checkpoint)

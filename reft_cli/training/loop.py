@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from signal import Signals
 from typing import Literal
 
@@ -74,7 +73,7 @@ class TrainSettings:
 class Hooks:
     """What the loop calls and does not know: validation, saving, and a signal: SIGUSR1 saves, others save and stop.
 
-    Each is called in every process.
+    Each is called in every process, but for `unrecorded`: where and when passes turn out not to be recordable.
     """
 
     validate: Callable[[], dict[str, float]] | None
@@ -83,6 +82,7 @@ class Hooks:
     log: Callable[[dict[str, float], int], None]
     signal: Callable[[], int | None]
     last_good: Callable[[], str]
+    unrecorded: Callable[[str], None] = lambda _: None
 
 
 class Trainer:
@@ -114,9 +114,7 @@ class Trainer:
         plain = PlainPasses(model, task, self.scaler)
         self.passes: Passes = plain
         if settings.recorded:
-            self.passes = RecordedPasses(
-                model, task, pad_token_id=pad_token_id, tell=partial(observer.on_message, "warning")
-            )
+            self.passes = RecordedPasses(model, task, pad_token_id=pad_token_id, tell=hooks.unrecorded)
         if settings.cached:
             self.passes = CachedPasses(self.passes, plain, tokens=len(Examples.of(examples).tokens))
         self.references: ReferencePasses | None = None

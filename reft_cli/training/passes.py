@@ -110,7 +110,7 @@ class RecordedPasses:
         except RuntimeError as error:
             torch.cuda.set_stream(now)  # a recording that fails leaves its own behind
             self.refused = True
-            self.tell(f"CUDA graphs are off, this model cannot be recorded: {str(error).splitlines()[0]}")
+            self.tell(f"this model cannot be recorded: {str(error).splitlines()[0]}")
             return self._plain(batch, units)
         return self._recordings[size].replay(batch, units)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,15 @@ from reft_cli.data.encode import Example
 from reft_cli.errors import ModelError
 from reft_cli.models.build import build_intervened
 from reft_cli.models.float8 import Float8Linear
+from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
+from reft_cli.runfolder import RunFolder
 from reft_cli.runs import execution
 from reft_cli.runs.execution import choose_execution
 from reft_cli.spec.load import LoadedSpec
-from reft_cli.training.passes import why_not_recorded
+from reft_cli.tasks.objectives import Task
+from reft_cli.training import loop
+from reft_cli.training.passes import PlainPasses, why_not_recorded
 from tiny_models import base_of
 
 MakeSpec = Callable[..., LoadedSpec]
@@ -127,3 +133,26 @@ def test_a_model_that_cannot_be_compiled_is_refused_or_runs_as_it_stands(
             runs.train(spec, output=tmp_path / "run", observer=observer, max_steps=1)
     else:
         assert runs.train(spec, output=tmp_path / "run", observer=observer, max_steps=1).step == 1
+
+
+class Refusing(PlainPasses):
+    """Passes that turn out not to be recordable at the first of them."""
+
+    def __init__(self, model: IntervenedModel, task: Task, *, pad_token_id: int, tell: Callable[[str], None]) -> None:
+        super().__init__(model, task, torch.amp.GradScaler("cpu", enabled=False))
+        tell("this model cannot be recorded: it looks at values on the host")
+
+
+def test_a_model_that_cannot_be_recorded_is_noted(
+    make_spec: MakeSpec, tmp_path: Path, observer, monkeypatch: pytest.MonkeyPatch
+):
+    inner = choose_execution
+    monkeypatch.setattr(
+        import_module("reft_cli.runs.train"), "choose_execution", lambda *given: replace(inner(*given), recorded=True)
+    )
+    monkeypatch.setattr(loop, "RecordedPasses", Refusing)
+    done = runs.train(make_spec("train.max_steps=1"), output=tmp_path / "run", observer=observer)
+    reason = "this model cannot be recorded: it looks at values on the host"
+    record = RunFolder(done.run).read()
+    assert (record["recorded"], record["record_reason"]) == (False, reason)
+    assert f"CUDA graphs are off, {reason}" in observer.messages
