@@ -140,18 +140,44 @@ def test_a_signal_saves_says_how_to_go_on_and_keeps_stdout_clean(here: Path, num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "nodes"])
-def test_other_launchers(here: Path, launcher: str):
-    """torchrun on one machine; and two processes that were told of each other by hand, as on two machines."""
+def test_torchrun(here: Path):
     words = ["-m", "reft_cli", "train", "s.yaml", "--name", "t", "--set", "model.device=cpu"]
-    if launcher == "torchrun":
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-        processes = [subprocess.Popen(program, env=os.environ | {"OMP_NUM_THREADS": "1"})]
-    else:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-        processes = [
-            subprocess.Popen([sys.executable, *words], env=os.environ | meeting | {"RANK": str(rank)})
-            for rank in range(2)
-        ]
-    assert [process.wait(120) for process in processes] == [0] * len(processes)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    assert subprocess.run(program, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=False).returncode == 0
     assert RunFolder("runs/t").read()["processes"] == 2
+
+
+TOOLS = {  # what the recipes call, on this machine alone
+    "reft": f'exec {sys.executable} -m reft_cli "$@" --name t --set model.device=cpu',
+    "ssh": 'shift; exec bash -c "$*"',
+    "scontrol": "echo 127.0.0.1",
+    "srun": "\n".join(
+        [
+            "export SLURM_NTASKS=2",
+            'SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & other=$!',
+            'SLURM_PROCID=0 SLURM_LOCALID=0 "$@"; code=$?',
+            "wait $other || exit 1; exit $code",
+        ]
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["On Slurm:", "With ssh and two machines"])
+def test_the_recipes_for_two_machines(here: Path, recipe: str):
+    """The README's own lines, with stand-ins for the tools of a cluster: two groups of processes on this machine."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    block = readme[readme.index(recipe) :].split("```sh\n", 1)[1].split("```", 1)[0]
+    for written, here_it_is in (("29400", str(free_port())), ("MASTER_ADDR=a", "MASTER_ADDR=127.0.0.1")):
+        block = block.replace(written, here_it_is)
+    block = block.replace("spec.yaml --resume", "spec.yaml").replace("spec.yaml", "s.yaml")
+    folder = here / "tools"
+    folder.mkdir()
+    for name, body in TOOLS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    given = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_JOB_NODELIST": "x"}
+    block += "\nwait"  # for the other machine
+    done = subprocess.run(["bash", "-ec", block], env=os.environ | given, timeout=120, text=True, capture_output=True)
+    assert done.returncode == 0 and RunFolder("runs/t").read()["processes"] == 2, done.stderr
+    assert RunFolder("runs/t").read()["status"] == "done"
