@@ -163,7 +163,7 @@ class IntervenedModel(nn.Module):
         return logits
 
     def answers_at(self, inputs: Mapping[str, Tensor | int], answer_rows: Tensor) -> Tensor:
-        """What the unembedding is given at flat rows, [K, D]; the last MLP runs at these rows only.
+        """What the unembedding is given at flat rows, [K, D], on its device; the last MLP runs at these rows only.
 
         Only inside `editing`, which has to go on until the backward pass is done: it may compute the MLP again.
         """
@@ -173,7 +173,9 @@ class IntervenedModel(nn.Module):
         if not torch.is_grad_enabled():
             self._last_mlp_rows = None
         h: Tensor = output.last_hidden_state
-        return h.reshape(-1, h.shape[-1]).index_select(0, answer_rows.to(h.device))
+        some = h.reshape(-1, h.shape[-1]).index_select(0, answer_rows.to(h.device))
+        head = self.linear_head
+        return some if head is None else some.to(head.weight.device)
 
     @contextmanager
     def compiling(self, *, forgiving: bool = False) -> Iterator[None]:

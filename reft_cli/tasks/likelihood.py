@@ -22,23 +22,24 @@ def log_probabilities(model: IntervenedModel, batch: Batch) -> Tensor:
 
     Only inside `model.editing`. Logits exist for one chunk at a time; the backward pass forms them again.
     """
-    return torch.cat([chosen for chosen, _ in _chunks(model, batch, greedy=False)])
+    return torch.cat([chosen for chosen, _ in _chunks(model, batch, greedy=False)]).to(batch.targets.device)
 
 
 @torch.no_grad()
 def likelihoods(model: IntervenedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """(log-probabilities [K] float32, whether the target is the likeliest token [K]), without gradients."""
     chosen, likeliest = zip(*_chunks(model, batch, greedy=True), strict=True)
-    return torch.cat(chosen), torch.cat(likeliest)
+    return torch.cat(chosen).to(batch.targets.device), torch.cat(likeliest).to(batch.targets.device)
 
 
 def _chunks(model: IntervenedModel, batch: Batch, *, greedy: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """(log-probabilities, hits) chunk by chunk; hits are empty unless `greedy`."""
-    head, targets = model.linear_head, batch.targets
+    head = model.linear_head
     if head is None:
-        yield _scored(model.logits_at(batch.inputs, batch.answer_rows), targets, greedy)
+        yield _scored(model.logits_at(batch.inputs, batch.answer_rows), batch.targets, greedy)
         return
     h = model.answers_at(batch.inputs, batch.answer_rows)  # [K, D]
+    targets = batch.targets.to(h.device)
     size = max(1, CHUNK // head.weight.shape[0])
     for rows, wanted in zip(h.split(size), targets.split(size), strict=True):
         if rows.requires_grad and len(targets) > size:

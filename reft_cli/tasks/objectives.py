@@ -49,8 +49,7 @@ class CausalLM:
         head = model.linear_head
         if head is not None and head.weight.dtype != torch.float16:  # whose gradients vanish before they are scaled
             h = model.answers_at(batch.inputs, batch.answer_rows)  # [K, D]
-            targets = batch.targets.to(head.weight.device)
-            return linear_cross_entropy(h.to(targets.device), head.weight, head.bias, targets, fused=model.fused)
+            return linear_cross_entropy(h, head.weight, head.bias, batch.targets.to(h.device), fused=model.fused)
         logits = model.logits_at(batch.inputs, batch.answer_rows)  # [K, V]
         return cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
 
