@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models th
 os.environ["REFT_CACHE"] = "off"  # tests of the cache name a folder of their own
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton, where it is installed: kernels are defined to run on a CPU
+
 from transformers import PreTrainedTokenizerFast
 
 from reft_cli.models.loading import BaseModel

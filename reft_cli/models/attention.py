@@ -1,8 +1,9 @@
 """Attention over packed sequences: each attends within itself, without a mask of the whole row.
 
 Registered with transformers under one name; a model is switched to it for packed batches and back afterwards. On a GPU
-in half precision it is torch's variable-length flash attention, elsewhere scaled-dot-product attention on the
-sequences of one length at a time. Boundaries come with the batch, as `cu_seq_lens_q`, which transformers hands through.
+in half precision it is kernels of our own where a trial shows that they run and are right, else torch's variable-length
+flash attention; elsewhere it is scaled-dot-product attention on the sequences of one length at a time. Boundaries come
+with the batch, as `cu_seq_lens_q`, which transformers hands through.
 
 Shapes: N tokens of all sequences, L tokens of one, H heads, K key-value heads, E head size.
 """
@@ -21,12 +22,14 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from reft_cli.models.kernel_attention import attend_by_kernels, why_not_kernels
+
 PACKED = "reft_packed"
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_WIDEST_HEAD = 256
-
-
 SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12; before, it was always so
+
+_heads_by_kernels: set[int] = set()  # sizes of heads that our kernels attend with, inside `attending`
 
 
 class NotPackable(ValueError):
@@ -67,6 +70,9 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
+    if query.shape[-1] in _heads_by_kernels:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_by_kernels(q, k, v, bounds, longest=longest, scaling=scaling, window=window)[None]
     grouped, left = query.shape[1] != key.shape[1], -1 if window is None else window - 1
     attend: Callable[..., object] = partial(varlen_attn, enable_gqa=grouped) if SHARES_HEADS else varlen_attn
     attended = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0))
@@ -112,9 +118,24 @@ AttentionInterface.register(PACKED, packed_attention)  # and no mask function: t
 @contextmanager
 def attending(model: PreTrainedModel, implementation: str = PACKED) -> Iterator[None]:
     """Inside, the model attends in this way; by default within packed sequences, whose batches carry their bounds."""
-    before = model.config._attn_implementation
+    before, heads_before = model.config._attn_implementation, set(_heads_by_kernels)
+    _let_kernels_attend(_heads_of(model) if implementation == PACKED else set())
     model.set_attn_implementation(implementation)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        _let_kernels_attend(heads_before)
+
+
+def _let_kernels_attend(sizes: set[int]) -> None:
+    _heads_by_kernels.clear()
+    _heads_by_kernels.update(sizes)
+
+
+def _heads_of(model: PreTrainedModel) -> set[int]:
+    """Its size of heads if our kernels take it; tried before the model runs, which may be compiled or recorded then."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if isinstance(heads, int) else None)
+    return {size} if isinstance(size, int) and why_not_kernels(model.device, size) is None else set()
