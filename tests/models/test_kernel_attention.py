@@ -79,6 +79,19 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
     assert why_not_kernels.__wrapped__(GPU, 64) == "Triton is not installed"
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_trial_compares_with_plain_arithmetic(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)  # Triton's interpreter multiplies no bfloat16
+    assert kernel_attention._error_of_trial(device, 16) < 0.002
+    real = kernel_attention._plain
+    monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given) * 1.01)
+    assert kernel_attention._error_of_trial(device, 16) > 0.002
+    monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given) * torch.nan)
+    assert not kernel_attention._error_of_trial(device, 16) < 0.002
+
+
 @pytest.mark.skipif(not TRITON, reason="errors that Triton raises")
 @pytest.mark.parametrize("error", [0.5, RuntimeError("no C compiler\nat all"), float("nan")])
 def test_a_trial_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, error: float | Exception):
