@@ -26,30 +26,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from reft_cli.data.examples import Example
-    from reft_cli.models.intervened import IntervenedModel
-    from reft_cli.runs.texts import TextSide
     from reft_cli.spec.load import LoadedSpec
 
 CHOICE = 1000  # most rows that settings are chosen on
 SHARE = 0.8  # most of the training rows that are learned from
-BUDGET = 8192  # tokens of a pass of the frozen model
 FIXED = ("probe", "frozen", "majority")  # they have no settings and no seeds
 
 
@@ -140,11 +132,12 @@ def plan(args: argparse.Namespace) -> list[Config]:
     return [each for each in dict.fromkeys(found) if each.answer == "text" or each.method not in ("lora", "frozen")]
 
 
-def spec_of(config: Config, *, data: str, model: str) -> dict[str, Any]:
+def spec_of(config: Config, *, data: str, model: str, layout: str = "auto") -> dict[str, Any]:
     """The spec of a run; `choice` and `score` are the two sources of its test rows."""
     task = TASKS[config.task]
     rows = min(config.rows, int(SHARE * _count(Path(data) / f"{task.path}.train.jsonl")))
     text = config.answer == "text"
+    schedule = {"epochs": config.epochs, "learning_rate": config.rate, "warmup_ratio": config.warmup}
     spec: dict[str, Any] = {
         "model": {"name": model, "dtype": "float32"},
         "task": {"kind": "causal_lm" if text else "classification"} | ({"metric": "matthews"} if task.matthews else {}),
@@ -163,9 +156,7 @@ def spec_of(config: Config, *, data: str, model: str) -> dict[str, Any]:
             for key in ("method", "positions", "init", "rank", "layers")
             if config.method not in ("lora", *FIXED) and getattr(config, key) is not None
         },
-        "train": {"seed": config.seed}
-        | ({} if config.method in FIXED else {"epochs": config.epochs, "learning_rate": config.rate})
-        | ({} if config.method in FIXED else {"warmup_ratio": config.warmup}),
+        "train": {"seed": config.seed, "layout": layout} | ({} if config.method in FIXED else schedule),
         "evaluation": {"every": "never"},
         "generation": {"max_new_tokens": 8},
     }
@@ -181,25 +172,30 @@ def _count(path: Path) -> int:
         return sum(1 for line in file if line.strip())
 
 
-def run(config: Config, *, data: str, model: str) -> dict[str, Any]:
+def run(config: Config, *, data: str, model: str, layout: str = "auto") -> dict[str, Any]:
     """Make one run and score it. ReftErrors, such as a diverged loss, are results."""
+    from study_sides import SIDES
+
     from reft_cli.errors import ReftError
     from reft_cli.spec.load import load_spec
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"
-        path.write_text(json.dumps(spec_of(config, data=data, model=model)))  # JSON is YAML
+        path.write_text(json.dumps(spec_of(config, data=data, model=model, layout=layout)))  # JSON is YAML
         try:
             loaded = load_spec(path, overrides=config.sets)
-            found = SIDES.get(config.method, trained)(config, loaded, Path(folder) / "run")
+            side = SIDES.get(config.method)
+            found = side(loaded, config.rank or 0) if side else trained(loaded, Path(folder) / "run")
         except ReftError as error:
             found = {"error": str(error)}
     return asdict(config) | found | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def trained(config: Config, loaded: LoadedSpec, output: Path) -> dict[str, Any]:
+def trained(loaded: LoadedSpec, output: Path) -> dict[str, Any]:
     """An intervention, as `reft train` and `reft eval` have it."""
+    from study_sides import parts
+
     from reft_cli import runs
     from reft_cli.runfolder import RunFolder
     from reft_cli.training.observer import NullObserver
@@ -207,178 +203,7 @@ def trained(config: Config, loaded: LoadedSpec, output: Path) -> dict[str, Any]:
     result = runs.train(loaded, output=output, observer=NullObserver())
     report = runs.evaluate(result.run, checkpoint="last", observer=NullObserver())
     books = RunFolder(result.run).read()
-    return {"trainable": books["trainable"], "devices": books["devices"], **_parts(report.metrics)}
-
-
-def _parts(metrics: dict[str, float]) -> dict[str, float]:
-    """The scores of the two sources."""
-    return {name.partition("/")[2]: value for name, value in metrics.items() if "/" in name}
-
-
-def lora(config: Config, loaded: LoadedSpec, _: Path) -> dict[str, Any]:
-    """PEFT's LoRA on the batches and with the schedule that reft would take; scored as merged weights."""
-    import peft
-    from torch.nn.functional import cross_entropy
-    from torch.nn.utils import clip_grad_norm_
-    from torch.optim import AdamW
-
-    from reft_cli.data.batch import build_batch
-    from reft_cli.runs.assemble import build_from_spec
-    from reft_cli.training.schedule import Order, rate_factor
-    from reft_cli.training.state import seed_everything
-
-    assert config.rank is not None and config.rate is not None
-    text, examples, scored, base = _loaded(loaded)
-    settings, device = loaded.spec.train, next(base.model.parameters()).device
-    seed_everything(config.seed)
-    asked = peft.LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear")
-    adapted = peft.get_peft_model(base.model, asked).train()
-    weights = [each for each in adapted.parameters() if each.requires_grad]
-    optimizer = AdamW(weights, lr=config.rate, weight_decay=settings.weight_decay)
-    order = Order(len(examples), settings.global_batch_size, config.seed)
-    steps = order.steps(settings.epochs, settings.max_steps)
-    for step in range(steps):
-        permutation = order.permutation(step // order.steps_per_epoch)
-        chosen = [examples[index] for index in order.global_batch(step, permutation)]
-        batch = build_batch(chosen, groups=(), layout="padded", pad_token_id=_pad(text)).to(device)
-        logits = adapted(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.answer_rows]  # [K, V]
-        cross_entropy(logits.float(), batch.targets).backward()
-        clip_grad_norm_(weights, settings.max_grad_norm or math.inf)
-        warmup = math.ceil(settings.warmup_ratio * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate * rate_factor(step, steps=steps, warmup_steps=warmup, schedule=settings.schedule)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    count = sum(each.numel() for each in weights)
-    merged = replace(base, model=adapted.merge_and_unload().eval())
-    model = build_from_spec(merged, loaded.spec)
-    return {"trainable": count, "devices": [device.type], **_unedited_scores(model, loaded, text, scored)}
-
-
-def _unedited_scores(
-    model: IntervenedModel, loaded: LoadedSpec, text: TextSide, scored: Sequence[Example]
-) -> dict[str, float]:
-    """The scores of a base model by generation."""
-    from reft_cli.runs.assemble import best_metric, decoding_of, evaluator_of
-    from reft_cli.runs.texts import without_answers
-
-    evaluator = evaluator_of(
-        text,
-        metric=best_metric(loaded.spec),
-        decoding=decoding_of(loaded.spec.generation),
-        batch_size=None,
-        device=model.device,
-        tied=True,
-    )
-    with model:
-        return _parts(evaluator.run(model, scored, prompts=without_answers(scored), edited=False).metrics)
-
-
-def probe(config: Config, loaded: LoadedSpec, _: Path) -> dict[str, Any]:
-    """A linear probe of the last hidden state at the last prompt token."""
-    import numpy as np
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    text, examples, scored, base = _loaded(loaded)
-    classifier = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 1, 6), cv=3, max_iter=2000))
-    classifier.fit(_last_states(base.model, examples, _pad(text)), [_label(each) for each in examples])
-    return _scores(loaded, scored, classifier.predict(_last_states(base.model, scored, _pad(text))).tolist())
-
-
-def majority(config: Config, loaded: LoadedSpec, _: Path) -> dict[str, Any]:
-    """The most frequent label of the training rows."""
-    _, examples, scored, _ = _loaded(loaded)
-    most = Counter(map(_label, examples)).most_common(1)[0][0]
-    return _scores(loaded, scored, [most] * len(scored))
-
-
-def frozen(config: Config, loaded: LoadedSpec, _: Path) -> dict[str, Any]:
-    """The likelier one of all labels, end token included, under the frozen model."""
-    import torch
-
-    from reft_cli.data.batch import build_batch, micro_batches
-    from reft_cli.runs.assemble import build_from_spec
-    from reft_cli.tasks.likelihood import likelihoods
-
-    text, examples, scored, base = _loaded(loaded)
-    answers = {_label(each): each.input_ids[each.prompt_length :] for each in examples}
-    model = build_from_spec(base, loaded.spec)
-    chances: dict[str, list[float]] = {}
-    for label, answer in answers.items():
-        asked = [
-            replace(each, input_ids=each.input_ids[: each.prompt_length] + answer, row=at)
-            for at, each in enumerate(scored)
-        ]
-        found = [0.0] * len(scored)
-        for chosen in micro_batches(asked, token_budget=BUDGET, rows=None, padded=True):
-            batch = build_batch(chosen, groups=(), layout="padded", pad_token_id=_pad(text)).to(model.device)
-            with model, model.editing(None), torch.inference_mode():
-                sums = likelihoods(model, batch)[0].view(len(chosen), len(answer)).sum(1)  # [B]
-            for each, chance in zip(chosen, sums.tolist(), strict=True):
-                found[each.row] = chance
-        chances[label] = found
-    likelier = [max(chances, key=lambda label: chances[label][at]) for at in range(len(scored))]
-    return _scores(loaded, scored, likelier)
-
-
-def _loaded(loaded: LoadedSpec) -> tuple[TextSide, list[Example], list[Example], Any]:
-    """(text side, training examples, examples to score, base model)."""
-    from reft_cli.models.loading import load_tokenizer
-    from reft_cli.runs.assemble import base_source, load_base
-    from reft_cli.runs.sources import rows_of
-    from reft_cli.runs.texts import load_training_data
-
-    source = base_source(loaded.spec.model)
-    data = load_training_data(loaded.spec, load_tokenizer(source))
-    scored = data.text.encode(rows_of(loaded.spec, "test")).examples
-    return data.text, list(data.train.examples), list(scored), load_base(source, data.text, seed=0)
-
-
-def _pad(text: TextSide) -> int:
-    found = text.tokenizer.pad_token_id
-    return int(found or 0)
-
-
-def _label(example: Example) -> str:
-    """The answer as text, or the class's number."""
-    return example.completion.strip() if example.label is None else str(example.label)
-
-
-def _scores(loaded: LoadedSpec, scored: Sequence[Example], guesses: Sequence[str]) -> dict[str, float]:
-    """The score of each part, of guessed labels."""
-    from reft_cli.evaluation.metrics import by_source, score_texts
-
-    metric, truths = str(loaded.spec.task.metric), [_label(each) for each in scored]
-
-    def score(rows: list[int]) -> float:
-        return score_texts(metric, [guesses[at] for at in rows], [truths[at] for at in rows])
-
-    return _parts(by_source(metric, [each.source for each in scored], score))
-
-
-def _last_states(model: Any, examples: Sequence[Example], pad_token_id: int) -> np.ndarray:
-    """The last hidden state at the last prompt token of every row, [rows, D]."""
-    import numpy as np
-    import torch
-
-    from reft_cli.data.batch import build_batch, micro_batches
-    from reft_cli.runs.texts import without_answers
-
-    found: dict[int, np.ndarray] = {}
-    prompts = without_answers(examples)
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        for chosen in micro_batches(prompts, token_budget=BUDGET, rows=None, padded=True):
-            batch = build_batch(chosen, groups=(), layout="padded", pad_token_id=pad_token_id).to(device)
-            states = model.base_model(**batch.inputs).last_hidden_state.float()  # [B, T, D]
-            for example, row in zip(chosen, states, strict=True):
-                found[id(example)] = row[example.prompt_length - 1].cpu().numpy()
-    return np.stack([found[id(each)] for each in prompts])
-
-
-SIDES = {"lora": lora, "probe": probe, "majority": majority, "frozen": frozen}
+    return {"trainable": books["trainable"], "devices": books["devices"], **parts(report.metrics)}
 
 
 # ---- all runs
@@ -392,9 +217,9 @@ def _settle(devices: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _job(job: tuple[Config, str, str]) -> dict[str, Any]:
-    config, data, model = job
-    return run(config, data=data, model=model)
+def _job(job: tuple[Config, str, str, str]) -> dict[str, Any]:
+    config, data, model, layout = job
+    return run(config, data=data, model=model, layout=layout)
 
 
 def make(configs: Sequence[Config], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -404,7 +229,8 @@ def make(configs: Sequence[Config], args: argparse.Namespace) -> Iterator[dict[s
     devices = context.Queue()
     for number in range(args.processes):
         devices.put(str(number % args.gpus) if args.gpus else "")
-    jobs = [(config, args.data, args.model) for config in configs]
+    layout = "padded" if args.gpus else "auto"  # packed attention in float32 is slow on a GPU
+    jobs = [(config, args.data, args.model, layout) for config in configs]
     with context.Pool(args.processes, _settle, (devices,)) as pool:
         yield from pool.imap_unordered(_job, jobs)
 
