@@ -226,9 +226,10 @@ def make(configs: Sequence[Config], args: argparse.Namespace) -> Iterator[dict[s
     """Results as they come."""
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = "1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
     devices = context.Queue()
     for number in range(args.processes):
-        devices.put(str(number % args.gpus) if args.gpus else "")
+        devices.put(visible[number % args.gpus] if args.gpus else "")
     layout = "padded" if args.gpus else "auto"  # packed attention in float32 is slow on a GPU
     jobs = [(config, args.data, args.model, layout) for config in configs]
     with context.Pool(args.processes, _settle, (devices,)) as pool:
