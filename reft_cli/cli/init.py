@@ -19,7 +19,12 @@ from reft_cli.errors import SpecError
 
 SCHEMA_FILE = "reft.schema.json"
 WIDTH = 110
+SMALL_MODEL = "bundled:tiny-llama"
 BUNDLED = "bundled:reviews"
+# Positions, and how to train: for the bundled model what it was found to need; for others, which are larger, the
+# paper's setting for models of billions of parameters.
+SMALL = "prompt", {"epochs": 8, "learning_rate": 0.01, "warmup_ratio": 0.1, "global_batch_size": 16}
+LARGE = "f7+l7", {"epochs": 6, "learning_rate": 0.0009, "warmup_ratio": 0.1, "global_batch_size": 32}
 SPLITS = ("train", "validation", "test")
 
 
@@ -35,9 +40,7 @@ class Task(StrEnum):
 
 def init(
     task: Annotated[Task, typer.Argument(help="Kind of task.", metavar="TASK")] = Task.causal_lm,
-    model: Annotated[
-        str, typer.Option("--model", help="Hub id, local folder, or bundled:NAME.")
-    ] = "bundled:tiny-llama",
+    model: Annotated[str, typer.Option("--model", help="Hub id, local folder, or bundled:NAME.")] = SMALL_MODEL,
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("spec.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace files that are in the way.")] = False,
     as_json: options.AsJson = False,
@@ -72,6 +75,7 @@ def spec_text(task: Task, *, model: str, path: Path) -> str:
 
 def _values(task: Task, model: str) -> dict[str, Any]:
     """The keys that a first spec sets; everything else is left to the defaults."""
+    positions, train = SMALL if model == SMALL_MODEL else LARGE
     data: dict[str, Any] = {split: f"{BUNDLED}/{split}" for split in SPLITS}
     if task is Task.causal_lm:
         data["template"] = {"prompt": "Review: {text}\nSentiment:", "completion": " {label}"}
@@ -79,10 +83,10 @@ def _values(task: Task, model: str) -> dict[str, Any]:
         data = {split: ROWS[task][0].format(split) for split in SPLITS}
     return {
         "model": model,
-        "intervention": {"method": "loreft", "layers": "all", "positions": "f3+l3", "rank": 4},
+        "intervention": {"method": "loreft", "layers": "all", "positions": positions, "rank": 4},
         "task": {"kind": task.value},
         "data": data,
-        "train": {"epochs": 3, "learning_rate": 0.005, "global_batch_size": 32},
+        "train": train,
     } | ({"generation": {"max_new_tokens": 4}} if task in (Task.causal_lm, Task.preference) else {})
 
 

@@ -11,6 +11,8 @@ from reft_cli.kinds import PAIRED
 from reft_cli.runs.sources import source_of
 from reft_cli.spec import json_schema, load_spec
 
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
@@ -47,9 +49,17 @@ def test_every_key_has_a_comment_and_the_editor_its_schema(reft):
     assert "One of loreft, noreft, direft" in " ".join(line.strip("# ") for line in lines)
 
 
+def test_the_bundled_model_is_trained_as_in_the_quickstart(reft):
+    reft("init")
+    ours, proven = load_spec(Path("spec.yaml")).spec, load_spec(QUICKSTART).spec
+    assert (ours.train, ours.intervention) == (proven.train, proven.intervention)
+
+
 def test_another_model_and_file(reft):
     assert reft("init", "--model", "org/a: b", "-o", "sub/mine.yaml").out == "sub/mine.yaml\n"
-    assert load_spec(Path("sub/mine.yaml")).spec.model.name == "org/a: b"
+    spec = load_spec(Path("sub/mine.yaml")).spec
+    assert spec.model.name == "org/a: b"
+    assert (spec.intervention.positions, spec.train.learning_rate) == ("f7+l7", 9e-4)  # the paper's, for large models
     assert Path("sub/reft.schema.json").is_file()
 
 
