@@ -21,10 +21,11 @@ SCHEMA_FILE = "reft.schema.json"
 WIDTH = 110
 SMALL_MODEL = "bundled:tiny-llama"
 BUNDLED = "bundled:reviews"
-# Positions, and how to train: for the bundled model what it was found to need; for others, which are larger, the
-# paper's setting for models of billions of parameters.
-SMALL = "prompt", {"epochs": 8, "learning_rate": 0.01, "warmup_ratio": 0.1, "global_batch_size": 16}
-LARGE = "f7+l7", {"epochs": 6, "learning_rate": 0.0009, "warmup_ratio": 0.1, "global_batch_size": 32}
+# How to train. The bundled model: what it was found to need, as quickstart.yaml and classification.yaml in configs have
+# it; others, which are larger: the paper's setting for models of billions of parameters.
+WRITTEN = {"epochs": 8, "learning_rate": 0.01, "warmup_ratio": 0.1, "global_batch_size": 16}
+OTHERWISE = {"epochs": 6, "learning_rate": 0.005, "warmup_ratio": 0.1, "global_batch_size": 32}
+LARGE = {"epochs": 6, "learning_rate": 0.0009, "warmup_ratio": 0.1, "global_batch_size": 32}
 SPLITS = ("train", "validation", "test")
 
 
@@ -75,7 +76,7 @@ def spec_text(task: Task, *, model: str, path: Path) -> str:
 
 def _values(task: Task, model: str) -> dict[str, Any]:
     """The keys that a first spec sets; everything else is left to the defaults."""
-    positions, train = SMALL if model == SMALL_MODEL else LARGE
+    small, written = model == SMALL_MODEL, task in (Task.causal_lm, Task.preference)
     data: dict[str, Any] = {split: f"{BUNDLED}/{split}" for split in SPLITS}
     if task is Task.causal_lm:
         data["template"] = {"prompt": "Review: {text}\nSentiment:", "completion": " {label}"}
@@ -83,11 +84,11 @@ def _values(task: Task, model: str) -> dict[str, Any]:
         data = {split: ROWS[task][0].format(split) for split in SPLITS}
     return {
         "model": model,
-        "intervention": {"method": "loreft", "layers": "all", "positions": positions, "rank": 4},
+        "intervention": {"method": "loreft", "layers": "all", "positions": "prompt" if small else "f7+l7", "rank": 4},
         "task": {"kind": task.value},
         "data": data,
-        "train": train,
-    } | ({"generation": {"max_new_tokens": 4}} if task in (Task.causal_lm, Task.preference) else {})
+        "train": (WRITTEN if task is Task.causal_lm else OTHERWISE) if small else LARGE,
+    } | ({"generation": {"max_new_tokens": 4}} if written else {})
 
 
 def _section(

@@ -28,6 +28,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -176,7 +177,7 @@ def run(config: Config, *, data: str, model: str, layout: str = "auto") -> dict[
     """Make one run and score it. ReftErrors, such as a diverged loss, are results."""
     from study_sides import SIDES
 
-    from reft_cli.errors import ReftError
+    from reft_cli.errors import Interrupted, ReftError
     from reft_cli.spec.load import load_spec
 
     started = time.perf_counter()
@@ -187,6 +188,8 @@ def run(config: Config, *, data: str, model: str, layout: str = "auto") -> dict[
             loaded = load_spec(path, overrides=config.sets)
             side = SIDES.get(config.method)
             found = side(loaded, config.rank or 0) if side else trained(loaded, Path(folder) / "run")
+        except Interrupted:
+            raise
         except ReftError as error:
             found = {"error": str(error)}
     return asdict(config) | found | {"seconds": round(time.perf_counter() - started, 1)}
@@ -319,6 +322,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Make the runs that are missing and print the table of all."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
     there = {key_of(each) for each in read(args.output)}
     missing = [each for each in plan(args) if each.key not in there]
     print(f"{len(missing)} runs", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from reft_cli.kinds import PAIRED
 from reft_cli.runs.sources import source_of
 from reft_cli.spec import json_schema, load_spec
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +49,10 @@ def test_every_key_has_a_comment_and_the_editor_its_schema(reft):
     assert "One of loreft, noreft, direft" in " ".join(line.strip("# ") for line in lines)
 
 
-def test_the_bundled_model_is_trained_as_in_the_quickstart(reft):
-    reft("init")
-    ours, proven = load_spec(Path("spec.yaml")).spec, load_spec(QUICKSTART).spec
+@pytest.mark.parametrize(("task", "config"), [("causal_lm", "quickstart"), ("classification", "classification")])
+def test_the_bundled_model_is_trained_as_it_was_found_to_need(reft, task, config):
+    reft("init", task)
+    ours, proven = load_spec(Path("spec.yaml")).spec, load_spec(CONFIGS / f"{config}.yaml").spec
     assert (ours.train, ours.intervention) == (proven.train, proven.intervention)
 
 
