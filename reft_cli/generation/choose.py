@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary, L tokens that a row may have.
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from reft_cli.generation.settings import Decoding
 
 # The finaliser of the SplitMix64 generator: a counter times the golden ratio, mixed by two rounds (public domain).
 GOLDEN, ROUNDS = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+PARTS = 256  # of a row of scores, if so many are of one size
 BITS = 53  # of a float64's mantissa
 
 
@@ -48,7 +50,7 @@ class Chooser:
 
     def scores(self, logits: Tensor, *, past: Tensor | None, held: Tensor, count: Tensor) -> Tensor:
         """What is chosen by [B, V], -inf for what cannot be; `past` [B, L] holds `held` [B] tokens a row."""
-        scores = logits.float()
+        scores = logits.float() if past is not None or self.decoding.temperature > 0 else logits
         if past is not None:
             there = torch.arange(past.shape[1], device=past.device) < held[:, None]  # [B, L]
             if self._penalty is not None:
@@ -66,7 +68,7 @@ class Chooser:
     def choose(self, logits: Tensor, *, past: Tensor | None, held: Tensor, count: Tensor, stream: Tensor) -> Tensor:
         """The next token [B] of each row; `count` [B] tokens of it are new, `stream` [B] begins its random numbers."""
         scores = self.scores(logits, past=past, held=held, count=count)
-        return draw(scores.softmax(-1), uniform(stream, count)) if self.decoding.temperature > 0 else scores.argmax(-1)
+        return draw(scores.softmax(-1), uniform(stream, count)) if self.decoding.temperature > 0 else highest(scores)
 
     def ended(self, tokens: Tensor) -> Tensor:
         """Which of tokens [B] end an answer."""
@@ -87,6 +89,17 @@ def ban_repeats(scores: Tensor, past: Tensor, held: Tensor, *, size: int) -> Ten
     again = (runs[..., :-1] == last[:, None]).all(-1) & whole
     banned = torch.zeros_like(scores).scatter_reduce(1, runs[..., -1], again.to(scores.dtype), "amax")
     return scores.masked_fill(banned > 0, float("-inf"))
+
+
+def highest(scores: Tensor) -> Tensor:
+    """Where each row [B, V] is highest, the first place of several, as argmax has it; [B].
+
+    Parts of a row are looked at side by side: a GPU reads a row alone with one of its many multiprocessors.
+    """
+    parts = gcd(scores.shape[1], PARTS)
+    best, place = scores.unflatten(1, (parts, -1)).max(-1)  # [B, parts]
+    part = best.argmax(-1, keepdim=True)  # [B, 1]
+    return (part * (scores.shape[1] // parts) + place.gather(1, part))[:, 0]
 
 
 def uniform(stream: Tensor, count: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -27,7 +27,8 @@ from reft_cli.generation.choose import Chooser
 from reft_cli.generation.settings import Decoding, Endings, Request
 from reft_cli.models.attention import attending
 from reft_cli.models.blocks import find_blocks
-from reft_cli.models.compiling import compilable_parts, compiling
+from reft_cli.models.compiling import CompiledParts, compilable_parts
+from reft_cli.models.side_by_side import SideBySide, same_once
 from reft_cli.models.slots import SLOTS, SlotCache, prefill, step
 from reft_cli.models.stacked import Live, Stack
 
@@ -35,6 +36,9 @@ SPANS = {"cuda": 256, "cpu": 32}  # the cache is looked at in multiples of so ma
 LOOKS = {"cuda": 4, "cpu": 1}  # steps between two looks at what is finished
 PREFILL = {"cuda": 16_384, "cpu": 2_048}  # tokens of prompts read in one pass
 REFILL = 8  # prompts are read when one slot in so many is free
+# A product with one row is then a reduction in a kernel of its own, fused with what is around it, and reads its weights
+# at close to the memory's bandwidth.
+COMPILER = {"coordinate_descent_tuning": True}
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,11 @@ class SlotDecoder:
             self.state = State.empty(slots=slots, answer=decoding.max_new_tokens, past=past, device=model.device)
         self.steps = 0
         """Steps taken so far, for tests and reports."""
-        self._captures, self._compiled = kind == "cuda", compiled
+        self._captures, self._compiles = kind == "cuda", compiled
+        self._compiled: tuple[CompiledParts, SideBySide] | None = None
         self.why_not_captured: str | None = None if self._captures else f"there are no CUDA graphs on {kind}"
         self._edits = self._merged = False
+        self._places: list[int] = []
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
 
     def run(self, requests: Sequence[Request], *, merged: bool = False) -> Generator[Progressed, None, None]:
@@ -148,9 +154,20 @@ class SlotDecoder:
         with ExitStack() as entered:
             entered.enter_context(attending(self.model, SLOTS))
             entered.enter_context(self.stack.hooked())
+            entered.enter_context(self.cache.attached())
+            if self._compiles and self._compiled is None:
+                self._compiled = self._compile()
+            self._forget_old_weights()
             self._merged = merged
             self._edits = any(self.stack.owner_of_new_tokens(request.member) for request in requests)
             yield from self._run(deque(enumerate(requests)))
+
+    def _forget_old_weights(self) -> None:
+        """Captured steps read weights where they lay; somebody may have laid them elsewhere since."""
+        places = [each.weight.data_ptr() for each in self.model.modules() if isinstance(each, nn.Linear)]
+        if places != self._places:
+            self._places = places
+            self._graphs.clear()
 
     def _run(self, waiting: deque[tuple[int, Request]]) -> Iterator[Progressed]:
         busy: dict[int, Busy] = {}
@@ -192,7 +209,8 @@ class SlotDecoder:
         lengths = [len(request.prompt) for request in requests]
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         self.stack.live = self.stack.prompt_rows(lengths, [request.member for request in requests], starts)
-        return prefill(self.model, self.cache, [request.prompt for request in requests], slots)
+        with self._running():
+            return prefill(self.model, self.cache, [request.prompt for request in requests], slots)
 
     def _fresh(self, requests: Sequence[Request]) -> State:
         """The state of slots that have just read their prompts."""
@@ -224,7 +242,8 @@ class SlotDecoder:
         if self._captures:
             self._replay((self.cache.span, self._edits, self._merged))
         else:
-            self._advance()
+            with self._running():
+                self._advance()
         self.steps += 1
         for each in busy.values():
             each.held, each.left = each.held + 1, each.left - 1
@@ -240,7 +259,8 @@ class SlotDecoder:
             except RuntimeError as error:  # say, a value that its router reads on the host
                 torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
                 self._captures, self.why_not_captured = False, str(error).splitlines()[0]
-                self._advance()
+                with self._running():
+                    self._advance()
                 return
         self._graphs[key].replay()
 
@@ -259,7 +279,7 @@ class SlotDecoder:
         kept = [tensor.clone() for tensor in (*self.state.tensors(), self.cache.lengths)]
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with compiling(self._parts()) if self._compiled else nullcontext():
+        with self._running():
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._advance()
@@ -270,10 +290,37 @@ class SlotDecoder:
                 self._advance()
         return graph
 
-    def _parts(self) -> list[nn.Module]:
-        """What is compiled: blocks, or the parts of them that have no hooks inside, ours or anybody's."""
+    # ---- compiling
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Inside, what is to be compiled runs compiled."""
+        if self._compiled is None:
+            yield
+            return
+        parts, neighbours = self._compiled
+        with neighbours.running(), parts.running():
+            yield
+
+    def _compile(self) -> tuple[CompiledParts, SideBySide]:
+        """Prepare to compile the edits, the blocks and what is around them, or the parts without hooks inside.
+
+        The model runs once before, so that its attention has its slots: they are no matter for a compiler.
+        """
+        with torch.inference_mode():
+            prefill(self.model, self.cache, [[0]], [0])
         hooked = [each for each in self.model.modules() if each._forward_hooks or each._forward_pre_hooks]
-        return [part for block in find_blocks(self.model).modules for part in compilable_parts(block, hooked)]
+        blocks = list(find_blocks(self.model).modules)
+        inside = {each for block in blocks for each in block.modules()}
+        around = [
+            each
+            for each in self.model.modules()
+            if not (each in inside or each in hooked or list(each.children()) or isinstance(each, nn.Embedding))
+        ]
+        parts = [part for block in blocks for part in compilable_parts(block, hooked)]
+        options = COMPILER | {"post_grad_custom_pre_pass": same_once()}
+        self.stack.fuse(options=options)
+        return CompiledParts([*parts, *around], options=options), SideBySide(self.model, hooked=hooked)
 
     # ---- answers
 

@@ -17,6 +17,7 @@ from torch import nn
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+Options = dict[str, str | int | bool | Callable[..., object]]  # torch's own type
 MOST_PROGRAMS = 64  # versions of one function, say for edited and unedited blocks; beyond it torch would not compile
 
 
@@ -28,29 +29,39 @@ def compilable_parts(block: nn.Module, hooked: Collection[nn.Module]) -> list[nn
     return [part for child in children for part in compilable_parts(child, hooked)]
 
 
+class CompiledParts:
+    """Modules that run compiled while this is on, for any number of tokens; what was compiled is kept in between."""
+
+    def __init__(self, modules: Sequence[nn.Module], *, options: Options | None = None) -> None:
+        self._forwards = [(each, torch.compile(each.forward, dynamic=True, options=options)) for each in modules]
+
+    @contextmanager
+    def running(self, *, forgiving: bool = False) -> Iterator[None]:
+        """`forgiving`: what torch cannot compile runs as it stands, and torch says so. Otherwise it is its error."""
+        settings = torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS, suppress_errors=forgiving)
+        done: list[nn.Module] = []
+        try:
+            with settings, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at inputs
+                for module, forward in self._forwards:
+                    module.forward = forward
+                    done.append(module)
+                yield
+        finally:
+            for module in done:
+                del module.forward  # the class's own is seen again
+
+
 @contextmanager
 def compiling(modules: Sequence[nn.Module], *, forgiving: bool = False) -> Iterator[None]:
-    """Inside, these modules run compiled, for any number of tokens.
-
-    `forgiving`: what torch cannot compile runs as it stands, and torch says so. Otherwise it is its error.
-    """
-    done: list[nn.Module] = []
-    settings = torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS, suppress_errors=forgiving)
-    try:
-        with settings, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at every input
-            for module in modules:
-                module.forward = torch.compile(module.forward, dynamic=True)
-                done.append(module)
-            yield
-    finally:
-        for module in done:
-            del module.forward  # the class's own is seen again
+    """Inside, these modules run compiled; `forgiving` as above."""
+    with CompiledParts(modules).running(forgiving=forgiving):
+        yield
 
 
-def compiled(function: Callable[Given, Made]) -> Callable[Given, Made]:
+def compiled(function: Callable[Given, Made], *, options: Options | None = None) -> Callable[Given, Made]:
     """A function of tensors, compiled for any number of rows."""
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options=options)
 
 
 def compile_seconds() -> float:

@@ -2,14 +2,17 @@
 
 Prompts are read packed, without padding, and leave their keys and values in the slots they are given; after that every
 slot takes one token a pass. Nothing a decoding pass does depends on values of tensors, so it can be captured as a CUDA
-graph. Registered with transformers under one name; the model itself sees no cache.
+graph. Registered with transformers under one name; the model itself sees no cache. While a cache is attached, each
+attention module has its layer of it as an attribute, where a compiler finds it as it finds weights: one program then
+serves all layers, with the writes fused into what is around them.
 
 Shapes: B slots, L tokens a slot has room for, N packed tokens, H heads, K key-value heads, E head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from reft_cli.models.attention import NotPackable, attending, packed_attention
+from reft_cli.models.attention import FLASH_TYPES, NotPackable, attending, packed_attention
 from reft_cli.models.packing import CLOSE, LONG, SHORT, packing_inputs
 
 SLOTS = "reft_slots"
@@ -34,9 +37,22 @@ class SlotCache:
         self.columns = torch.arange(room, device=device)  # [L]
         self.span = room
         """Columns that a decoding pass looks at: no slot in use may hold more."""
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor] = {}
-        self._written: tuple[Tensor, Tensor] | None = None
+        self.written: tuple[Tensor, Tensor] | None = None
+        """Slots and columns [N] of the packed prompts that a pass reads; None: it is one of a token for each slot."""
+        self.masks: dict[int | None, Tensor] = {}
+        """What a slot's new token attends to, as 0 and -inf [B, 1, 1, span], for each window that was met so far."""
+        self._layers: list[tuple[nn.Module, tuple[Tensor, Tensor]]] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, attention modules have their layer of this cache as `slot_layer`."""
+        for module, layer in self._layers:
+            module.slot_layer = layer  # type: ignore[assignment]  # an attribute like any other
+        try:
+            yield
+        finally:
+            for module, _ in self._layers:
+                del module.slot_layer
 
     def begin_prefill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """The next pass reads packed prompts of these lengths into these slots."""
@@ -44,55 +60,40 @@ class SlotCache:
         counts, owners = torch.tensor(lengths), torch.tensor(slots)
         rows = owners.repeat_interleave(counts).to(device)  # [N]
         columns = torch.cat([torch.arange(length) for length in lengths]).to(device)  # [N]
-        self._written = rows, columns
+        self.written = rows, columns
         self.lengths[owners.to(device)] = counts.to(device)
 
     def begin_step(self) -> None:
         """The next pass is of one token for each slot, which stands at its `lengths`."""
-        self._written = None
-        self._masks.clear()
+        self.written = None
+        columns, last = self.columns[: self.span], self.lengths[:, None]
+        for window, before in self.masks.items():
+            seen = columns <= last  # [B, span]
+            if window is not None:
+                seen &= columns > last - window
+            hidden = before.new_full((), float("-inf"))
+            self.masks[window] = torch.where(seen, hidden.new_zeros(()), hidden)[:, None, None]
 
     @property
     def bytes_a_token(self) -> int:
         """Memory for one token of one slot, in all layers that have run."""
-        pairs = [tensor for pair in self._layers.values() for tensor in pair]
+        pairs = [tensor for _, pair in self._layers for tensor in pair]
         return sum(tensor.element_size() * tensor.shape[2] * tensor.shape[3] for tensor in pairs)
 
-    def layer(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def has_layers(self) -> bool:
+        """Whether the model has run."""
+        return bool(self._layers)
+
+    def make_layer(self, module: nn.Module, key: Tensor, value: Tensor, window: int | None) -> None:
         """Keys and values [B, L, K, E] of an attention module, shaped after its first ones. Zeros: a mask of -inf
         does not hide what happens to be NaN."""
-        if id(module) not in self._layers:
-            self._layers[id(module)] = tuple(  # type: ignore[assignment]  # two of them
-                each.new_zeros(self.slots, self.room, each.shape[1], each.shape[3]) for each in (key, value)
-            )
-        return self._layers[id(module)]
-
-    def write(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values of a pass, [1, K, N, E] of packed prompts or [B, K, 1, E]; returns the layer."""
-        where = self._written or (self.every, self.lengths)
-        kept = self.layer(module, key, value)
-        for store, new in zip(kept, (key, value), strict=True):
-            store.index_put_(where, new[0].transpose(0, 1) if self._written else new[:, :, 0])
-        return kept
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether the pass is one of packed prompts."""
-        return self._written is not None
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What a slot's new token attends to, as 0 and -inf [B, 1, 1, span]; the same tensor for all layers alike."""
-        if window not in self._masks:
-            columns, last = self.columns[: self.span], self.lengths[:, None]
-            seen = columns <= last  # [B, span]
-            if window is not None:
-                seen &= columns > last - window
-            hidden = torch.full((), float("-inf"), dtype=dtype, device=seen.device)
-            self._masks[window] = torch.where(seen, hidden.new_zeros(()), hidden)[:, None, None]
-        return self._masks[window]
+        pair = tuple(each.new_zeros(self.slots, self.room, each.shape[1], each.shape[3]) for each in (key, value))
+        self._layers.append((module, pair))  # type: ignore[arg-type]  # two of them
+        module.slot_layer = pair  # type: ignore[assignment]
+        self.masks.setdefault(window, key.new_zeros(()))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # which memory belongs to a module is for the host to know
 def slot_attention(
     module: nn.Module,
     query: Tensor,  # [1, H, N, E] or [B, H, 1, E]
@@ -104,25 +105,32 @@ def slot_attention(
     slots: SlotCache | None = None,
     **rest: object,  # transformers hands every attention function whatever the model was called with
 ) -> tuple[Tensor, None]:
-    """Packed attention over prompts, or one token over its slot: [1, N, H, E] or [B, 1, H, E].
-
-    The heads that share a key-value head stand where queries do, so that nothing is repeated for them.
-    """
+    """Packed attention over prompts, or one token over its slot: [1, N, H, E] or [B, 1, H, E]."""
     if slots is None:
         raise NotPackable("it does not hand its call's arguments to its attention")
-    keys, values = slots.write(module, key, value)
-    if slots.prefilling:
+    if not hasattr(module, "slot_layer"):
+        slots.make_layer(module, key, value, sliding_window)
+    keys, values = module.slot_layer  # type: ignore[misc]  # see `attached`
+    if slots.written is not None:
+        keys.index_put_(slots.written, key[0].transpose(0, 1))
+        values.index_put_(slots.written, value[0].transpose(0, 1))
         options: dict[str, object] = {"scaling": scaling, "sliding_window": sliding_window, **rest}
         return packed_attention(module, query, key, value, attention_mask, **options)  # type: ignore[arg-type]
-    kv_heads = key.shape[1]
-    attended = scaled_dot_product_attention(
-        query.reshape(slots.slots, kv_heads, -1, query.shape[-1]),  # [B, K, H / K, E]
-        keys[:, : slots.span].transpose(1, 2),  # [B, K, span, E]
-        values[:, : slots.span].transpose(1, 2),
-        attn_mask=slots.mask(sliding_window, query.dtype),
-        scale=scaling,
-    )
-    return attended.reshape(slots.slots, 1, query.shape[1], -1), None
+    where = slots.every, slots.lengths
+    keys.index_put_(where, key[:, :, 0])
+    values.index_put_(where, value[:, :, 0])
+    keys, values = (each[:, : slots.span].transpose(1, 2) for each in (keys, values))  # [B, K, span, E]
+    return _attend(query, keys, values, slots.masks[sliding_window], scaling), None
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """[B, 1, H, E]. On a GPU in half precision heads share keys within the kernel, which takes half the time on an
+    H200; elsewhere those that share stand where queries do, so that nothing is repeated for them.
+    """
+    shared = query.is_cuda and query.dtype in FLASH_TYPES
+    grouped = query if shared else query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [B, K, H / K, E]
+    attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling, enable_gqa=shared)
+    return attended.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
 AttentionInterface.register(SLOTS, slot_attention)  # and no mask function: transformers then makes no mask
@@ -157,7 +165,7 @@ def try_slots(model: PreTrainedModel) -> tuple[str | None, int]:
     cache = SlotCache(slots=3, room=16, device=model.device)
     slots = [2, 0]
     try:
-        with attending(model, SLOTS):
+        with attending(model, SLOTS), cache.attached():
             found = [prefill(model, cache, [LONG[:-2], SHORT[:-2]], slots)]
             for index in (-2, -1):
                 tokens = torch.zeros_like(cache.every)

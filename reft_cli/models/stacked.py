@@ -20,11 +20,13 @@ from torch.nn import functional
 
 from reft_cli.interventions.folded import Folded, FoldedDiagonal, FoldedLowRank
 from reft_cli.models.blocks import Blocks, Target, find_blocks, find_target, hidden_input, hidden_output
+from reft_cli.models.compiling import Options, compiled
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.sites import Site
 from reft_cli.positions import PositionGroup
 
 BASE = 0  # the owner of rows that are not edited
+Edit = Callable[..., Tensor]  # `edit_rows`, as it stands or compiled
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Live:
     rows: Tensor | None  # [N]
     owners: Tensor  # [N]
 
+    def to(self, device: torch.device) -> Live:
+        """The same on a device; itself if it is there."""
+        if self.owners.device == device:
+            return self
+        return Live(None if self.rows is None else self.rows.to(device), self.owners.to(device))
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,19 +73,37 @@ class Place:
         diagonal = self.diagonal and (self.diagonal[0].to(device), self.diagonal[1].to(device))
         return Place(down, bias, up, owners, diagonal)
 
-    def delta(self, h: Tensor, owners: Tensor) -> Tensor:
-        """Δ [N, D] of the rows h [N, D], in float32 (float64 if either is)."""
-        wide = torch.promote_types(h.dtype, self.down.dtype)
-        down, bias, up = (tensor.to(wide) for tensor in (self.down, self.bias, self.up))
-        h = h.to(wide)
-        delta = torch.zeros_like(h)
-        if len(down):
-            mine = owners[:, None] == self.column_owners  # [N, R]
-            delta = (functional.linear(h, down, bias) * mine) @ up
-        if self.diagonal is not None:
-            scale, shift = self.diagonal
-            delta = delta + torch.addcmul(shift[owners], h, scale[owners])
-        return delta
+    def edited(self, h: Tensor, live: Live, *, alone: bool, edit: Edit) -> Tensor:
+        """h [..., D] with its live rows edited. `alone`: all of them belong to this place's one owner."""
+        mine = None if alone and self.diagonal is None else live.owners
+        return edit(h, live.rows, mine, self.down, self.bias, self.up, self.column_owners, self.diagonal)
+
+
+def edit_rows(
+    h: Tensor,  # [..., D]
+    rows: Tensor | None,  # [N]
+    owners: Tensor | None,  # [N], or None if all low-rank rows of the place are for every row
+    down: Tensor,  # [R, D]
+    bias: Tensor,  # [R]
+    up: Tensor,  # [R, D]
+    column_owners: Tensor,  # [R]
+    diagonal: tuple[Tensor, Tensor] | None,  # two of [O, D]
+) -> Tensor:
+    """h + Δ at some flat rows, or at all: summed in float32 (float64 if either is), then rounded once."""
+    flat = h.reshape(-1, h.shape[-1])
+    before = flat if rows is None else flat.index_select(0, rows)  # [N, D]
+    wide = before.to(torch.promote_types(h.dtype, down.dtype))
+    after = wide
+    if len(down):
+        down, bias, up = (tensor.to(wide.dtype) for tensor in (down, bias, up))
+        columns = functional.linear(wide, down, bias)  # [N, R]
+        after = after + (columns if owners is None else columns * (owners[:, None] == column_owners)) @ up
+    if diagonal is not None:
+        assert owners is not None, "which diagonal is for a row, its owner says"
+        scale, shift = diagonal
+        after = after + torch.addcmul(shift[owners], wide, scale[owners])
+    narrow = after.to(h.dtype)
+    return (narrow if rows is None else flat.index_copy(0, rows, narrow)).view_as(h)
 
 
 class Stack:
@@ -86,6 +112,7 @@ class Stack:
     def __init__(self, base_model: nn.Module, members: Sequence[Member], *, blocks: Blocks | None = None) -> None:
         self.base_model, self.members = base_model, tuple(members)
         self.live: Live | None = None
+        self._edit: Edit = edit_rows
         self._owners = [
             {group.name: number for number, group in enumerate(member.groups, start=1 + before)}
             for member, before in zip(self.members, self._counts_before(), strict=True)
@@ -166,20 +193,22 @@ class Stack:
             finally:
                 self.live = None
 
+    def fuse(self, *, options: Options | None = None) -> None:
+        """Compile the arithmetic of the rows."""
+        self._edit = compiled(edit_rows, options=options)
+
     def _editor(self, place: Place) -> Callable[[Tensor], Tensor | None]:
+        one = sum(map(len, self._owners)) == 1  # then rows that are picked out are all its own
         here = place
 
         def edit(h: Tensor) -> Tensor | None:
             nonlocal here
             if self.live is None:
                 return None
-            rows, owners = self.live.rows, self.live.owners.to(h.device)
             if here.down.device != h.device:
                 here = here.to(h.device)
-            flat = h.reshape(-1, h.shape[-1])
-            before = flat if rows is None else flat.index_select(0, rows.to(h.device))  # [N, D]
-            after = (before + here.delta(before, owners)).to(h.dtype)  # summed in float32, then rounded once
-            return (after if rows is None else flat.index_copy(0, rows.to(h.device), after)).view_as(h)
+            live = self.live.to(h.device)
+            return here.edited(h, live, alone=one and live.rows is not None, edit=self._edit)
 
         return edit
 

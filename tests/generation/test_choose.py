@@ -12,7 +12,7 @@ from tiny_decoding import GREEDY, PROMPTS, TOKENIZER, from_slots, intervened, pr
 from torch import Tensor
 from transformers.generation import logits_process
 
-from reft_cli.generation.choose import Chooser, ban_repeats, draw, uniform
+from reft_cli.generation.choose import Chooser, ban_repeats, draw, highest, uniform
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Decoding, Endings, Request
 from reft_cli.positions import Positions
@@ -27,6 +27,14 @@ def rows(lengths: list[int], *, room: int = 12) -> tuple[Tensor, Tensor]:
     for row, length in enumerate(lengths):
         past[row, length:] = 7
     return past, torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 300, 512, 768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_highest_score_is_argmax_also_of_equal_ones(width: int, dtype: torch.dtype):
+    scores = torch.randint(-3, 4, (50, width), generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[0], scores[1, ::2] = float("-inf"), float("-inf")
+    assert torch.equal(highest(scores), scores.argmax(-1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

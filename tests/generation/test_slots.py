@@ -16,6 +16,7 @@ from reft_cli.generation.choose import Chooser
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Decoding, Request
 from reft_cli.generation.slots import SlotDecoder
+from reft_cli.models import attention
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.slots import try_slots
 from reft_cli.models.stacked import Member, Stack
@@ -142,7 +143,37 @@ def test_untied_groups_keep_their_own_weights():
         assert answer == new
 
 
-# ---- what is left behind, and who cannot
+# ---- compiled, and what is left behind, and who cannot
+
+
+@pytest.mark.parametrize(
+    ("positions", "component"),
+    [("all", "mlp_output"), pytest.param("f3+l3", "block_output", marks=pytest.mark.slow)],
+)
+def test_compiled_parts_decode_like_plain_ones(positions: str, component: str, monkeypatch: pytest.MonkeyPatch):
+    """With torch's own interpreter behind the compiler: what is traced is tested, not the code generator."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend="eager", dynamic=True))
+    monkeypatch.setattr(attention, "_by_length", torch.compiler.disable(attention._by_length))  # reads lengths
+    model = intervened(positions, component=component)
+    stack = Stack(model.base_model, [Member.of(model, Positions.parse(positions).groups(tied=True))])
+    serving = Decoder(model.base_model, stack, tokenizer=TOKENIZER, compiled=True)
+    asked = [prompt(4), prompt(4, seed=1), prompt(9)]
+    found = from_slots(serving, requests_of(asked, member=1), GREEDY, size=2)
+    assert found == [recomputed(model, each, positions, 8) for each in asked]
+    assert not any(hasattr(each, "slot_layer") or "forward" in vars(each) for each in model.base_model.modules())
+
+
+def test_steps_captured_over_weights_that_have_moved_are_forgotten():
+    model = intervened()
+    serving = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    wanted = from_slots(serving, requests_of([prompt(4)], member=1), GREEDY)
+    assert serving._slots is not None
+    serving._slots._graphs[(32, False, False)] = object()  # type: ignore[assignment]  # one like it
+    assert from_slots(serving, requests_of([prompt(4)], member=1), GREEDY) == wanted and serving._slots._graphs
+    weight = model.base_model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.clone()
+    assert from_slots(serving, requests_of([prompt(4)], member=1), GREEDY) == wanted and not serving._slots._graphs
 
 
 def test_a_reader_who_stops_leaves_the_model_as_it_was():
@@ -156,6 +187,7 @@ def test_a_reader_who_stops_leaves_the_model_as_it_was():
     progress.close()
     assert base.config._attn_implementation == "sdpa"
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in base.modules())
+    assert not any(hasattr(each, "slot_layer") or "forward" in vars(each) for each in base.modules())
     assert plain([5, 6, 7], 8) == wanted
     assert tokens(model, [prompt(5)], "all", GREEDY) == [recomputed(model, prompt(5), "all", 8)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_decoding import intervened
 
-from reft_cli.models.stacked import BASE, Live, Member, Stack
+from reft_cli.models.stacked import BASE, Live, Member, Stack, edit_rows
 from reft_cli.positions import Positions
 from tiny_models import decoder
 
@@ -25,7 +25,7 @@ def test_deltas_are_those_of_the_owner_s_folded_form():
     together, h = stack(), torch.randn(8, 32)
     owners = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
     for target, place in together._places:
-        found = place.delta(h, owners)
+        found = place.edited(h.double(), Live(None, owners), alone=False, edit=edit_rows) - h
         layer = int(target.path.split(".")[-1])
         for row, owner in enumerate(owners.tolist()):
             wanted = torch.zeros(32)
@@ -33,14 +33,23 @@ def test_deltas_are_those_of_the_owner_s_folded_form():
             sites = [] if member is None else [at for at, site in enumerate(member.sites) if site.layer == layer]
             if member is not None and sites:
                 wanted = member.folded.delta(sites[0], h[row : row + 1])[0]
-            torch.testing.assert_close(found[row], wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[row], wanted.double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_an_owner_are_not_touched(dtype: torch.dtype):
     together, h = stack(), torch.randn(6, 32, dtype=dtype)
     for _, place in together._places:
-        assert torch.equal(place.delta(h, torch.zeros(6, dtype=torch.long)), torch.zeros(6, 32))
+        live = Live(None, torch.zeros(6, dtype=torch.long))
+        assert torch.equal(place.edited(h, live, alone=False, edit=edit_rows), h)
+
+
+def test_the_one_owner_s_rows_need_no_mask():
+    alone = Stack(decoder("llama"), [stack().members[0]])
+    h, live = torch.randn(2, 4, 32), Live(torch.tensor([1, 3, 6]), torch.tensor([1, 1, 1]))
+    for _, place in alone._places:
+        wanted, found = (place.edited(h, live, alone=each, edit=edit_rows) for each in (False, True))
+        assert torch.equal(found, wanted) and not torch.equal(found, h)
 
 
 def test_rows_of_prompts_and_owners_of_new_tokens():
