@@ -40,6 +40,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Prompts decoded together.", min=1, metavar="N")
     ] = None,
+    compile: options.Compile = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the base model too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Score the base model only.")] = False,
     fail_under: Annotated[
@@ -67,9 +68,10 @@ def evaluate(
     common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
-        score = partial(runs.evaluate, run, data=data, split=split or "test", **asdict(common))
+        generation = {"compile": compile}
+        score = partial(runs.evaluate, run, data=data, split=split or "test", generation=generation, **asdict(common))
     else:
-        names = _names(tasks, data=data, split=split)
+        names = _names(tasks, data=data, split=split, compile=compile)
         score = partial(
             runs.evaluate_tasks, run, tasks=names, folder=task_folder, few_shot=few_shot, chat=chat, **asdict(common)
         )
@@ -113,11 +115,13 @@ class _Common:
     trust_remote_code: bool
 
 
-def _names(tasks: str, *, data: str | None, split: str | None) -> list[str]:
+def _names(tasks: str, *, data: str | None, split: str | None, compile: str | None) -> list[str]:
     """The tasks of a list with commas."""
     for flag, given in (("--data", data), ("--split", split)):
         if given is not None:
             raise SpecError(f"{flag} and --tasks: a task brings its own rows; give one of them")
+    if compile is not None:
+        raise SpecError("--compile and --tasks: tasks are read more than written; leave --compile out")
     names = [name.strip() for name in tasks.split(",")]
     if not all(names):
         raise SpecError(f"--tasks {tasks}: write names with commas between them, for example arc_easy,hellaswag")

@@ -65,6 +65,7 @@ def infer(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     samples: options.Samples = 1,
+    compile: options.Compile = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Show the answer as it grows.", show_default="on a terminal"),
@@ -84,6 +85,7 @@ def infer(
     given |= {"--resume": resume, "--base": base, "--compare": compare, "--stream": stream, "--raw": raw}
     _check_flags(given | {"--json": as_json, "--samples": samples > 1})
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    asked |= {"compile": compile}
     models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
     how = How({key: value for key, value in asked.items() if value is not None}, models, samples, raw)
     marks = [time.perf_counter()]

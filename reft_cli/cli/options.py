@@ -85,6 +85,10 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", help="Probability that is sampled from.", min=1e-9, max=1, metavar="P")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Tokens that are sampled from; 0: all.", min=0, metavar="K")]
+Compile = Annotated[
+    str | None,
+    typer.Option("--compile", help="torch.compile of the steps: auto, on or off; auto: on long jobs.", metavar="WHEN"),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of the sampling.", min=0, metavar="N")]
 Samples = Annotated[
     int, typer.Option("--samples", help="Answers to each prompt; with a temperature.", min=1, metavar="N")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class Evaluator:
             answers = answer_all(
                 Decoder.of(model, self.groups, tokenizer=self.tokenizer),
                 requests_of(prompts, member=int(edited)),
-                decoding=self.decoding,
+                decoding=replace(self.decoding, compile="off"),  # it would move weights that training has recorded
                 batch_size=self.batch_size,
                 on_progress=lambda done: tell(done, len(prompts)),
             )

@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_cli.data.encode import Example
+from reft_cli.errors import ModelError
 from reft_cli.generation.settings import Answer, Decoding, Endings, Request, end_tokens
 from reft_cli.generation.slots import Progressed, SlotDecoder, rounded
 from reft_cli.generation.stream import Growing, cut_at
 from reft_cli.generation.whole import generate, stream
+from reft_cli.models.compiling import why_not_compiled
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.merging import Merge, find_merge
 from reft_cli.models.placement import is_spread
@@ -23,16 +25,17 @@ from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import PositionGroup
 
 SLOTS, BATCH = {"cuda": 128}, 32  # prompts decoded together if nobody says how many
+# Steps from which compiling wins back its time: on an H200 it takes 10 to 20 seconds the first time, a few with torch's
+# cache of compiled code, and saves a millisecond of each step of a model of 1B parameters.
+WORTH_COMPILING = 10_000
 MEMORY_SHARE = 0.7  # of the device's free memory that the cache may take
 
 
 class Decoder:
     """Decodes for a base model and a stack of checkpoints on it. What it builds serves its later calls."""
 
-    def __init__(
-        self, model: PreTrainedModel, stack: Stack, *, tokenizer: PreTrainedTokenizerBase, compiled: bool = False
-    ) -> None:
-        self.model, self.stack, self.tokenizer, self.compiled = model, stack, tokenizer, compiled
+    def __init__(self, model: PreTrainedModel, stack: Stack, *, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.stack, self.tokenizer = model, stack, tokenizer
         self._sharded, self._spread = is_sharded(model), is_spread(model)
         self._tried: tuple[str | None, int] | None = None
         self._slots: SlotDecoder | None = None
@@ -143,7 +146,9 @@ class Decoder:
         there = self._slots
         longest = max(len(request.prompt) for request in requests) + decoding.max_new_tokens
         room, slots = rounded(longest), min(batch_size, len(requests))
-        if there is None or there.decoding != decoding or there.cache.room < longest or self._wanted != slots:
+        compiles = self._compiles(decoding, steps=-(-len(requests) // slots) * decoding.max_new_tokens)
+        fits = there is not None and there.decoding == decoding and there.cache.room >= longest
+        if there is None or not fits or self._wanted != slots or (compiles and not there.compiles):
             self._slots, self._wanted = None, slots  # the old one's memory first
             self._slots = SlotDecoder(
                 self.model,
@@ -152,10 +157,22 @@ class Decoder:
                 endings=Endings.of(self.model, self.tokenizer, decoding),
                 slots=min(slots, self._slots_in_memory(room)),
                 room=room,
-                compiled=self.compiled,
+                compiles=compiles,
             )
         assert self._slots is not None
         return self._slots
+
+    def _compiles(self, decoding: Decoding, *, steps: int) -> bool:
+        """Whether so many steps, the most that there will be, are compiled. ModelError: they are to be, and cannot."""
+        if decoding.compile == "off":
+            return False
+        reason = why_not_compiled(self.model.device)
+        if decoding.compile == "on":
+            if reason is not None:
+                raise ModelError(f"generation.compile: on is not possible: {reason}; write auto or off")
+            return True
+        long = reason is None and self.model.device.type == "cuda" and steps >= WORTH_COMPILING
+        return long and all(weight.is_floating_point() for weight in self.model.parameters())
 
     def _slots_in_memory(self, room: int) -> int:
         """How many slots of so much room the device has memory for; at least one."""

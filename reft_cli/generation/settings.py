@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ class Decoding:
     stop: tuple[str, ...] = field(default=())
     seed: int = 0
     use_cache: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 @dataclass(frozen=True)

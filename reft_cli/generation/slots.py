@@ -127,7 +127,7 @@ class SlotDecoder:
         endings: Endings,
         slots: int,
         room: int,
-        compiled: bool = False,
+        compiles: bool = False,
     ) -> None:
         self.model, self.stack, self.decoding, self.endings = model, stack, decoding, endings
         kind = model.device.type
@@ -140,7 +140,7 @@ class SlotDecoder:
             self.state = State.empty(slots=slots, answer=decoding.max_new_tokens, past=past, device=model.device)
         self.steps = 0
         """Steps taken so far, for tests and reports."""
-        self._captures, self._compiles = kind == "cuda", compiled
+        self._captures, self.compiles = kind == "cuda", compiles
         self._compiled: tuple[CompiledParts, SideBySide] | None = None
         self.why_not_captured: str | None = None if self._captures else f"there are no CUDA graphs on {kind}"
         self._edits = self._merged = False
@@ -155,7 +155,7 @@ class SlotDecoder:
             entered.enter_context(attending(self.model, SLOTS))
             entered.enter_context(self.stack.hooked())
             entered.enter_context(self.cache.attached())
-            if self._compiles and self._compiled is None:
+            if self.compiles and self._compiled is None:
                 self._compiled = self._compile()
             self._forget_old_weights()
             self._merged = merged
@@ -299,7 +299,7 @@ class SlotDecoder:
             yield
             return
         parts, neighbours = self._compiled
-        with neighbours.running(), parts.running():
+        with neighbours.running(), parts.running(forgiving=self.decoding.compile == "auto"):
             yield
 
     def _compile(self) -> tuple[CompiledParts, SideBySide]:

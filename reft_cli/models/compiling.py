@@ -7,6 +7,7 @@ own, and a whole model takes minutes where one block takes seconds.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
 Options = dict[str, str | int | bool | Callable[..., object]]  # torch's own type
+COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
 MOST_PROGRAMS = 64  # versions of one function, say for edited and unedited blocks; beyond it torch would not compile
 
 
@@ -62,6 +65,17 @@ def compiling(modules: Sequence[nn.Module], *, forgiving: bool = False) -> Itera
 def compiled(function: Callable[Given, Made], *, options: Options | None = None) -> Callable[Given, Made]:
     """A function of tensors, compiled for any number of rows."""
     return torch.compile(function, dynamic=True, options=options)
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """None if torch can compile for a device here, else the reason."""
+    if device.type not in ("cuda", "cpu"):
+        return f"torch.compile is not tried on {device.type}"
+    if not any(map(shutil.which, COMPILERS)):
+        return "there is no C compiler on the path"
+    if device.type == "cuda" and not has_triton():
+        return "Triton is not installed"
+    return None
 
 
 def compile_seconds() -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch.utils._triton import has_triton
 
 from reft_cli.data.batch import Layout
 from reft_cli.data.examples import Example, Examples
 from reft_cli.errors import ModelError
+from reft_cli.models.compiling import why_not_compiled
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed
 from reft_cli.models.placement import is_offloaded
@@ -27,7 +24,6 @@ from reft_cli.training.schedule import Order
 # saves a third of a step of a model of 1B parameters (1.6e13 operations), a sixth at 8B (1.1e14).
 WORTH_COMPILING = 5e16
 SPREAD = "the base lies on several devices"
-COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> 
     if wanted == "off":
         return False, None
     reason = "the base is sharded" if spec.parallel.shard else SPREAD if model.places else None
-    reason = reason or _why_not_compiled(model.device)
+    reason = reason or why_not_compiled(model.device)
     if reason is not None and wanted == "on":
         raise ModelError(f"train.compile: on is not possible: {reason}; write auto or off")
     if wanted == "on" or reason is not None:
@@ -128,13 +124,3 @@ def _choose_caching(
     if wanted == "auto" and reason is None and model.device.type != "cuda":
         reason = "a resumed run would not end in the same bits; train.cache_frozen: on does it here"
     return reason is None, reason
-
-
-def _why_not_compiled(device: torch.device) -> str | None:
-    if device.type not in ("cuda", "cpu"):
-        return f"torch.compile is not tried on {device.type}"
-    if not any(map(shutil.which, COMPILERS)):
-        return "there is no C compiler on the path"
-    if device.type == "cuda" and not has_triton():
-        return "Triton is not installed"
-    return None

@@ -250,6 +250,8 @@ class GenerationSpec(Section):
     """Texts that end an answer; they are cut off."""
     batch_size: Literal["auto"] | PositiveInt = "auto"
     """Prompts decoded together; it changes the speed, not the answers. auto: 128 on a GPU, else 32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the steps; auto: on a GPU, where enough tokens are to come to win back the time."""
 
     @field_validator("temperature")
     @classmethod

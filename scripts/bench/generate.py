@@ -94,12 +94,12 @@ def ours(
 
     model = endless(shape, device)
     stack = Stack(model, members_of(model, members, kind=kind))
-    decoder = Decoder(model, stack, tokenizer=NoText(), compiled=compiled)  # type: ignore[arg-type]
+    decoder = Decoder(model, stack, tokenizer=NoText())  # type: ignore[arg-type]
     turns = [1 if members else 0]
 
     def decode(prompts: Prompts, new: int, batch: int) -> int:
         requests = [Request(prompt, turns[index % len(turns)]) for index, prompt in enumerate(prompts)]
-        settings = Decoding(max_new_tokens=new)
+        settings = Decoding(max_new_tokens=new, compile="on" if compiled else "off")
         assert decoder.why_not_slots(settings) is None
         return sum(answer.tokens for _, answer in decoder.answers(requests, decoding=settings, batch_size=batch))
 

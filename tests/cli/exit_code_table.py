@@ -11,6 +11,7 @@ REFUSED = [
     ("eval runs/s --split tets", 2, "spec", "--split tets: the run's spec has train, validation and test"),
     ("infer runs/s --prompt a --top-p 2", 2, "usage", "--top-p"),
     ("infer runs/s --prompt a --seed 18446744073709551616", 2, "spec", "--seed"),
+    ("infer runs/s --prompt a --compile always", 2, "spec", "--compile"),
     ("train s.yaml --name t --set data.train=nowhere.jsonl", 3, "data", "nowhere.jsonl"),
     ("train s.yaml --name t --set data.train=empty.jsonl", 3, "data", "no token to learn from"),
     ("train s.yaml --name t --set data.train=long.jsonl", 3, "data", "longer than data.max_length 512"),

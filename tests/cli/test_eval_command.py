@@ -135,6 +135,7 @@ def test_tasks_of_the_harness_take_the_place_of_data(reft, calls):
         ("--tasks a --data d.csv", "--data and --tasks: a task brings its own rows; give one of them"),
         ("--tasks a --split test", "--split and --tasks: a task brings its own rows; give one of them"),
         ("--tasks a,,b", "--tasks a,,b: write names with commas between them, for example arc_easy,hellaswag"),
+        ("--tasks a --compile on", "--compile and --tasks: tasks are read more than written; leave --compile out"),
         ("--tasks a --processes 2", "--processes: tasks of lm-evaluation-harness run in one process; leave it out"),
         ("--few-shot 2", "--few-shot belongs to --tasks; the run's own data are scored as they were trained"),
         ("--task-folder x", "--task-folder belongs to --tasks"),

@@ -9,8 +9,10 @@ import torch
 from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, prompt, recomputed, tokens
 
 from reft_cli.data.encode import Example
+from reft_cli.errors import ModelError
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Answer, Decoding
+from reft_cli.models import compiling
 from reft_cli.positions import Positions
 from tiny_models import base_of, byte_tokenizer
 
@@ -139,3 +141,50 @@ def test_a_stream_that_is_closed_stops_the_decoding(use_cache: bool):
         assert len(passes) < 90
     answer = answers(decoder, PROMPTS[2:3], GREEDY)[0]
     assert "".join(decoder.stream(requests_of(PROMPTS[2:3], member=1)[0], decoding=GREEDY)) == answer.text
+
+
+# ---- compiling
+
+MANY = replace(GREEDY, max_new_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "steps", "compiles"),
+    [
+        (MANY, 10_000, True),
+        (MANY, 9_900, False),
+        (replace(MANY, compile="off"), 10**6, False),
+        (replace(MANY, compile="on"), 1, True),
+    ],
+)
+def test_many_steps_to_come_are_compiled(
+    decoding: Decoding, steps: int, compiles: bool, monkeypatch: pytest.MonkeyPatch
+):
+    decoder = Decoder.of(intervened(), Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    assert decoder._compiles(decoding, steps=steps) == (decoding.compile == "on")  # a CPU compiles if told to
+    monkeypatch.setattr(type(decoder.model), "device", torch.device("cuda"))
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    assert decoder._compiles(decoding, steps=steps) == compiles
+    monkeypatch.setattr(compiling, "has_triton", lambda: False)
+    if decoding.compile == "on":
+        with pytest.raises(ModelError, match=r"^generation\.compile: on is not possible: Triton is not"):
+            decoder._compiles(decoding, steps=steps)
+    else:
+        assert not decoder._compiles(decoding, steps=steps)
+
+
+def test_weights_of_few_bits_are_compiled_only_if_told_to(monkeypatch: pytest.MonkeyPatch):
+    decoder = Decoder.of(intervened(), Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    monkeypatch.setattr(type(decoder.model), "device", torch.device("cuda"))
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.setattr(decoder.model, "parameters", lambda: iter([torch.zeros(2), torch.zeros(2, dtype=torch.int8)]))
+    assert not decoder._compiles(MANY, steps=10**6)
+    assert decoder._compiles(replace(MANY, compile="on"), steps=1)
+
+
+def test_requests_are_counted_in_rounds_of_slots(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+    decoder = Decoder.of(intervened(), Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    monkeypatch.setattr(Decoder, "_compiles", lambda self, decoding, *, steps: bool(asked.append(steps)))
+    list(decoder.progress(requests_of(PROMPTS, member=1), decoding=GREEDY, batch_size=2))
+    assert asked == [3 * 8]  # five prompts in two slots

@@ -157,9 +157,10 @@ def test_compiled_parts_decode_like_plain_ones(positions: str, component: str, m
     monkeypatch.setattr(attention, "_by_length", torch.compiler.disable(attention._by_length))  # reads lengths
     model = intervened(positions, component=component)
     stack = Stack(model.base_model, [Member.of(model, Positions.parse(positions).groups(tied=True))])
-    serving = Decoder(model.base_model, stack, tokenizer=TOKENIZER, compiled=True)
+    serving = Decoder(model.base_model, stack, tokenizer=TOKENIZER)
     asked = [prompt(4), prompt(4, seed=1), prompt(9)]
-    found = from_slots(serving, requests_of(asked, member=1), GREEDY, size=2)
+    found = from_slots(serving, requests_of(asked, member=1), replace(GREEDY, compile="on"), size=2)
+    assert serving._slots is not None and serving._slots.compiles
     assert found == [recomputed(model, each, positions, 8) for each in asked]
     assert not any(hasattr(each, "slot_layer") or "forward" in vars(each) for each in model.base_model.modules())
 

@@ -19,6 +19,7 @@ from reft_cli.positions import Positions
 from tiny_models import decoder
 
 pytestmark = pytest.mark.gpu
+COMPILED = replace(GREEDY, compile="on")
 ASKED = [prompt(1 + 7 * index % 40, seed=index) for index in range(20)]
 
 
@@ -27,10 +28,10 @@ def on_gpu(family: str = "llama", dtype: torch.dtype = torch.float32) -> BaseMod
     return BaseModel(model, family, None, shape_hash(model))
 
 
-def serving(model: IntervenedModel, positions: str, *, compiled: bool = False) -> Decoder:
+def serving(model: IntervenedModel, positions: str) -> Decoder:
     member = Member.of(model, Positions.parse(positions).groups(tied=True))
     stack = Stack(model.base_model, [member])
-    return Decoder(model.base_model, stack, tokenizer=TOKENIZER, compiled=compiled)
+    return Decoder(model.base_model, stack, tokenizer=TOKENIZER)
 
 
 @pytest.fixture
@@ -90,19 +91,22 @@ def test_compiled_blocks_equal_plain_ones():
         model = intervened(positions, base=on_gpu(), component=component).to("cuda")
         requests = requests_of(ASKED, member=1)
         plain = from_slots(serving(model, positions), requests, GREEDY, size=6)
-        assert from_slots(serving(model, positions, compiled=True), requests, GREEDY, size=6) == plain
+        way = serving(model, positions)
+        for size in (6, 1):
+            assert from_slots(way, requests, COMPILED, size=size) == plain
+            assert way._slots is not None and way._slots._graphs
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_merged_checkpoint_equals_recomputation(compiled: bool):
+@pytest.mark.parametrize("decoding", [GREEDY, COMPILED])
+def test_a_merged_checkpoint_equals_recomputation(decoding: Decoding):
     model = intervened("all", base=on_gpu(), method="red", component="mlp_output").to("cuda")
-    way = serving(model, "all", compiled=compiled)
-    found = from_slots(way, requests_of(ASKED, member=1), GREEDY, size=6)
+    way = serving(model, "all")
+    found = from_slots(way, requests_of(ASKED, member=1), decoding, size=6)
     assert found == [recomputed(model, each, "all", 8) for each in ASKED]
     assert way._merges[1] is not None
-    base = from_slots(way, requests_of(ASKED, member=0), GREEDY, size=6)  # by other captured steps
+    base = from_slots(way, requests_of(ASKED, member=0), decoding, size=6)  # by other captured steps
     assert base != found
-    assert from_slots(way, requests_of(ASKED, member=1), GREEDY, size=6) == found
+    assert from_slots(way, requests_of(ASKED, member=1), decoding, size=6) == found
 
 
 def test_a_mixed_batch_equals_each_alone():

@@ -13,6 +13,7 @@ import torch
 from reft_cli import runs
 from reft_cli.data.encode import Example
 from reft_cli.errors import ModelError
+from reft_cli.models import compiling
 from reft_cli.models.build import build_intervened
 from reft_cli.models.float8 import Float8Linear
 from reft_cli.models.intervened import IntervenedModel
@@ -55,7 +56,7 @@ def test_what_was_asked_for_has_no_reason(model, make_spec: MakeSpec):
 
 def test_compiling_needs_a_compiler(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
     assert choose_execution(model, make_spec("train.compile=on").spec, ROWS).compiled
-    monkeypatch.setattr(execution, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiling, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(ModelError, match=r"train\.compile: on is not possible: there is no C compiler on the path"):
         choose_execution(model, make_spec("train.compile=on").spec, ROWS)
     assert choose_execution(model, make_spec().spec, ROWS).compile_reason == "there is no C compiler on the path"
@@ -63,7 +64,7 @@ def test_compiling_needs_a_compiler(model, make_spec: MakeSpec, monkeypatch: pyt
 
 def test_short_runs_are_not_compiled(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr(execution, "has_triton", lambda: True)
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
     short = choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS)
     assert not short.compiled and short.compile_reason.startswith("the run is too short")
     monkeypatch.setattr(execution, "WORTH_COMPILING", -1)
