@@ -84,8 +84,8 @@ def infer(
     given = {"--prompt": prompt, "--field": field, "--input": source, "--chat": chat, "--output": output}
     given |= {"--resume": resume, "--base": base, "--compare": compare, "--stream": stream, "--raw": raw}
     _check_flags(given | {"--json": as_json, "--samples": samples > 1})
-    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    asked |= {"compile": compile}
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    asked |= {"top_k": top_k, "seed": seed, "compile": compile}
     models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
     how = How({key: value for key, value in asked.items() if value is not None}, models, samples, raw)
     marks = [time.perf_counter()]

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_cli.data.encode import Example
 from reft_cli.errors import ModelError
+from reft_cli.generation.prompts import rounded
 from reft_cli.generation.settings import Answer, Decoding, Endings, Request, end_tokens
-from reft_cli.generation.slots import Progressed, SlotDecoder, rounded
+from reft_cli.generation.slots import Progressed, SlotDecoder
 from reft_cli.generation.stream import Growing, cut_at
 from reft_cli.generation.whole import generate, stream
 from reft_cli.models.compiling import why_not_compiled

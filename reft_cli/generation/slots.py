@@ -17,15 +17,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_cli.generation.choose import Chooser
+from reft_cli.generation.prompts import PromptGraphs
 from reft_cli.generation.settings import Decoding, Endings, Request
-from reft_cli.models.attention import attending
+from reft_cli.generation.state import State
+from reft_cli.models.attention import FLASH_TYPES, attending
 from reft_cli.models.blocks import find_blocks
 from reft_cli.models.compiling import CompiledParts, compilable_parts
 from reft_cli.models.side_by_side import SideBySide, same_once
@@ -38,62 +40,9 @@ PREFILL = {"cuda": 16_384, "cpu": 2_048}  # tokens of prompts read in one pass
 REFILL = 8  # prompts are read when one slot in so many is free
 # A product with one row is then a reduction in a kernel of its own, fused with what is around it, and reads its weights
 # at close to the memory's bandwidth.
-COMPILER = {"coordinate_descent_tuning": True}
-
-
-@dataclass(frozen=True)
-class State:
-    """What the device knows of each slot; a dead one keeps still."""
-
-    token: Tensor  # [B] the last token, which the next step reads
-    alive: Tensor  # [B] bool
-    count: Tensor  # [B] tokens of the answer so far
-    limit: Tensor  # [B] most tokens of the answer
-    stream: Tensor  # [B] where the random numbers begin
-    owner: Tensor  # [B] who edits new tokens
-    held: Tensor  # [B] tokens of prompt and answer so far
-    answer: Tensor  # [B, A + 1], the last column for what nobody reads
-    past: Tensor  # [B, L + 1] prompt and answer, or [B, 0] if nobody reads them
-
-    @classmethod
-    def empty(cls, *, slots: int, answer: int, past: int, device: torch.device) -> State:
-        """Dead slots."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(slots, *shape, dtype=torch.long, device=device)
-
-        return cls(zeros(), zeros().bool(), zeros(), zeros(), zeros(), zeros(), zeros(), zeros(answer + 1), zeros(past))
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in the order of the fields."""
-        return [getattr(self, each.name) for each in fields(self)]
-
-    def select(self, rows: Tensor) -> State:
-        """A copy of some slots."""
-        return State(*(tensor[rows] for tensor in self.tensors()))
-
-    def put(self, rows: Tensor, other: State) -> None:
-        """Overwrite some slots."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine[rows] = theirs
-
-    def take(self, logits: Tensor, chooser: Chooser) -> None:
-        """Choose the next token of every living slot from logits [B, V] and note it."""
-        past = self.past if self.past.shape[1] else None
-        tokens = chooser.choose(logits, past=past, held=self.held, count=self.count, stream=self.stream)
-        _write(self.answer, self.count, tokens, self.alive)
-        if past is not None:
-            _write(self.past, self.held, tokens, self.alive)
-        self.token.copy_(torch.where(self.alive, tokens, self.token))
-        self.count.add_(self.alive)
-        self.held.add_(self.alive)
-        self.alive.logical_and_(~chooser.ended(tokens) & (self.count < self.limit))
-
-
-def _write(table: Tensor, column: Tensor, values: Tensor, wanted: Tensor) -> None:
-    """table[b, column[b]] = values[b] where it is wanted; elsewhere into the last column."""
-    at = torch.where(wanted, column, table.shape[1] - 1)
-    table.scatter_(1, at[:, None], values[:, None])
+ONE_ROW = {"coordinate_descent_tuning": True}
+PROMPTS, STEPS = 0, 1  # what is compiled
+Compiled = tuple[CompiledParts, SideBySide]
 
 
 @dataclass
@@ -141,10 +90,11 @@ class SlotDecoder:
         self.steps = 0
         """Steps taken so far, for tests and reports."""
         self._captures, self.compiles = kind == "cuda", compiles
-        self._compiled: tuple[CompiledParts, SideBySide] | None = None
+        self._compiled: tuple[Compiled | None, Compiled] | None = None
         self.why_not_captured: str | None = None if self._captures else f"there are no CUDA graphs on {kind}"
         self._edits = self._merged = False
         self._places: list[int] = []
+        self._prompts: PromptGraphs | None = None
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
 
     def run(self, requests: Sequence[Request], *, merged: bool = False) -> Generator[Progressed, None, None]:
@@ -155,11 +105,11 @@ class SlotDecoder:
             entered.enter_context(attending(self.model, SLOTS))
             entered.enter_context(self.stack.hooked())
             entered.enter_context(self.cache.attached())
+            self._merged = merged
+            self._edits = any(self.stack.owner_of_new_tokens(request.member) for request in requests)
             if self.compiles and self._compiled is None:
                 self._compiled = self._compile()
             self._forget_old_weights()
-            self._merged = merged
-            self._edits = any(self.stack.owner_of_new_tokens(request.member) for request in requests)
             yield from self._run(deque(enumerate(requests)))
 
     def _forget_old_weights(self) -> None:
@@ -168,6 +118,15 @@ class SlotDecoder:
         if places != self._places:
             self._places = places
             self._graphs.clear()
+            self._prompts = self._new_prompts()
+
+    def _new_prompts(self) -> PromptGraphs | None:
+        """On a GPU in half precision: elsewhere packed attention reads lengths on the host."""
+        if not self._captures or self.model.dtype not in FLASH_TYPES:
+            return None
+        return PromptGraphs(
+            self.model, self.cache, self.stack, self.state, self.chooser, limit=self.decoding.max_new_tokens
+        )
 
     def _run(self, waiting: deque[tuple[int, Request]]) -> Iterator[Progressed]:
         busy: dict[int, Busy] = {}
@@ -197,19 +156,34 @@ class SlotDecoder:
             room -= len(chosen[-1][1].prompt)
         chosen.sort(key=lambda each: -len(each[1].prompt))
         slots = [free.pop() for _ in chosen]
-        logits = self._prefill([request for _, request in chosen], slots)
-        rows = torch.tensor(slots, device=self.model.device)
-        fresh = self._fresh([request for _, request in chosen])
-        fresh.take(logits, self.chooser)
-        self.state.put(rows, fresh)
+        if not (len(chosen) == 1 and self._read_captured(chosen[0][1], slots[0])):
+            logits = self._prefill([request for _, request in chosen], slots)
+            fresh = self._fresh([request for _, request in chosen])
+            fresh.take(logits, self.chooser)
+            self.state.put(torch.tensor(slots, device=self.model.device), fresh)
         for slot, (index, request) in zip(slots, chosen, strict=True):
             busy[slot] = Busy(index, held=len(request.prompt), left=self.decoding.max_new_tokens - 1)
+
+    def _read_captured(self, request: Request, slot: int) -> bool:
+        """Whether one prompt was read, and its first token chosen, by a captured pass."""
+        if self._prompts is None:
+            return False
+        edited = self.stack.edited_rows([len(request.prompt)], [request.member], [0])
+        with self._running(PROMPTS):
+            return self._prompts.read(
+                request.prompt,
+                slot=slot,
+                edited=edited,
+                stream=request.stream(self.decoding.seed),
+                owner=self.stack.owner_of_new_tokens(request.member),
+                merged=self._merged,
+            )
 
     def _prefill(self, requests: Sequence[Request], slots: Sequence[int]) -> Tensor:
         lengths = [len(request.prompt) for request in requests]
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         self.stack.live = self.stack.prompt_rows(lengths, [request.member for request in requests], starts)
-        with self._running():
+        with self._running(PROMPTS):
             return prefill(self.model, self.cache, [request.prompt for request in requests], slots)
 
     def _fresh(self, requests: Sequence[Request]) -> State:
@@ -219,17 +193,18 @@ class SlotDecoder:
             slots=len(requests), answer=self.decoding.max_new_tokens, past=past, device=self.model.device
         )
 
-        def put(tensor: Tensor, values: Sequence[int]) -> None:
-            tensor.copy_(torch.tensor(values, device=tensor.device))
+        def of(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, device=self.model.device)
 
-        state.alive.fill_(True)
-        state.limit.fill_(self.decoding.max_new_tokens)
-        put(state.held, [len(request.prompt) for request in requests])
-        put(state.stream, [request.stream(self.decoding.seed) for request in requests])
-        put(state.owner, [self.stack.owner_of_new_tokens(request.member) for request in requests])
+        state.begin(
+            held=of([len(request.prompt) for request in requests]),
+            stream=of([request.stream(self.decoding.seed) for request in requests]),
+            owner=of([self.stack.owner_of_new_tokens(request.member) for request in requests]),
+            limit=self.decoding.max_new_tokens,
+        )
         if past:
             for row, request in enumerate(requests):
-                put(state.past[row, : len(request.prompt)], request.prompt)
+                state.past[row, : len(request.prompt)] = of(request.prompt)
         return state
 
     # ---- steps
@@ -242,7 +217,7 @@ class SlotDecoder:
         if self._captures:
             self._replay((self.cache.span, self._edits, self._merged))
         else:
-            with self._running():
+            with self._running(STEPS):
                 self._advance()
         self.steps += 1
         for each in busy.values():
@@ -259,7 +234,7 @@ class SlotDecoder:
             except RuntimeError as error:  # say, a value that its router reads on the host
                 torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
                 self._captures, self.why_not_captured = False, str(error).splitlines()[0]
-                with self._running():
+                with self._running(STEPS):
                     self._advance()
                 return
         self._graphs[key].replay()
@@ -279,7 +254,7 @@ class SlotDecoder:
         kept = [tensor.clone() for tensor in (*self.state.tensors(), self.cache.lengths)]
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with self._running():
+        with self._running(STEPS):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._advance()
@@ -293,19 +268,21 @@ class SlotDecoder:
     # ---- compiling
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Inside, what is to be compiled runs compiled."""
-        if self._compiled is None:
+    def _running(self, what: int) -> Iterator[None]:
+        """Inside, what is to be compiled of prompts or of steps runs compiled."""
+        compiled = None if self._compiled is None else self._compiled[what]
+        if compiled is None:
             yield
             return
-        parts, neighbours = self._compiled
+        parts, neighbours = compiled
         with neighbours.running(), parts.running(forgiving=self.decoding.compile == "auto"):
             yield
 
-    def _compile(self) -> tuple[CompiledParts, SideBySide]:
+    def _compile(self) -> tuple[Compiled | None, Compiled]:
         """Prepare to compile the edits, the blocks and what is around them, or the parts without hooks inside.
 
-        The model runs once before, so that its attention has its slots: they are no matter for a compiler.
+        The model runs once before, so that its attention has its slots: they are no matter for a compiler. Of a single
+        slot the steps alone are compiled, and one-row products are tuned.
         """
         with torch.inference_mode():
             prefill(self.model, self.cache, [[0]], [0])
@@ -317,10 +294,14 @@ class SlotDecoder:
             for each in self.model.modules()
             if not (each in inside or each in hooked or list(each.children()) or isinstance(each, nn.Embedding))
         ]
-        parts = [part for block in blocks for part in compilable_parts(block, hooked)]
-        options = COMPILER | {"post_grad_custom_pre_pass": same_once()}
-        self.stack.fuse(options=options)
-        return CompiledParts([*parts, *around], options=options), SideBySide(self.model, hooked=hooked)
+        parts = [*(part for block in blocks for part in compilable_parts(block, hooked)), *around]
+        once, alone = {"post_grad_custom_pre_pass": same_once()}, self.cache.slots == 1
+        neighbours = SideBySide(self.model, hooked=hooked, one_row=alone)
+        if self._edits or not alone:
+            self.stack.fuse(options=once)
+        if alone:
+            return None, (CompiledParts(parts, options=once | ONE_ROW), neighbours)
+        return ((CompiledParts(parts, options=once), neighbours),) * 2
 
     # ---- answers
 
@@ -345,8 +326,3 @@ class SlotDecoder:
         count = self.state.count[:, None]
         columns = count - self.look_every + torch.arange(self.look_every, device=count.device)
         return torch.cat([self.state.alive[:, None].long(), count, self.state.answer.gather(1, columns.clamp(0))], 1)
-
-
-def rounded(tokens: int) -> int:
-    """Room for so many tokens: 64, 128 or 256, then multiples of 256."""
-    return next((size for size in (64, 128) if tokens <= size), -(-tokens // 256) * 256)

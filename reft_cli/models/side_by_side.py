@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children of a module that are given the same rows
+NAMES_ONE_ROW = NAMES[:1]  # gate and up are reductions then, which a compiler fuses with their product
 VERSION = 1  # of SameOnce, for the compiler's cache
 
 
@@ -38,15 +39,15 @@ class SideBySide:
     """A model's neighbouring linear layers, laid end to end; each one's weight becomes a view of the whole.
 
     `hooked` are modules with hooks: a layer stays alone if it, or one beside it, is hooked, since then its parent is
-    not compiled as a whole.
+    not compiled as a whole. `one_row`: products will have one row.
     """
 
-    def __init__(self, model: nn.Module, *, hooked: Collection[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, *, hooked: Collection[nn.Module], one_row: bool = False) -> None:
         self._parts: list[tuple[nn.Linear, dict[str, Any]]] = []
         for parent in model.modules():
             if any(each in hooked for each in parent.modules() if each is not parent):
                 continue
-            for names in NAMES:
+            for names in NAMES_ONE_ROW if one_row else NAMES:
                 layers = [getattr(parent, name, None) for name in names]
                 if _alike(layers):
                     self._lay(layers)  # type: ignore[arg-type]  # all are linear layers

@@ -142,7 +142,13 @@ def prefill(model: PreTrainedModel, cache: SlotCache, prompts: Sequence[Sequence
     cache.begin_prefill(slots, lengths)
     ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device)  # [1, N]
     last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-    inputs = packing_inputs(lengths, model.device)
+    return packed_logits(model, cache, ids, last, packing_inputs(lengths, model.device))
+
+
+def packed_logits(
+    model: PreTrainedModel, cache: SlotCache, ids: Tensor, last: Tensor, inputs: dict[str, Tensor | int]
+) -> Tensor:
+    """Logits [prompts, V] after the tokens at `last` [prompts] of packed prompts [1, N]."""
     if "logits_to_keep" in signature(model.forward).parameters:
         logits: Tensor = model(input_ids=ids, use_cache=False, slots=cache, logits_to_keep=last, **inputs).logits[0]
         return logits

@@ -161,6 +161,16 @@ class Stack:
 
     def prompt_rows(self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int]) -> Live | None:
         """What is edited of prompts of these lengths that begin at these flat rows, each for a member (0: none)."""
+        rows, owners = self.edited_rows(lengths, members, starts)
+        if not rows:
+            return None
+        device = self._places[0][1].down.device
+        return Live(torch.tensor(rows, device=device), torch.tensor(owners, device=device))
+
+    def edited_rows(
+        self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """The same as (flat rows, the owner of each)."""
         rows: list[int] = []
         owners: list[int] = []
         for length, member, start in zip(lengths, members, starts, strict=True):
@@ -168,10 +178,7 @@ class Stack:
                 tokens = group.indices(length, length)
                 rows += [start + token for token in tokens]
                 owners += [self._owners[member - 1][group.name]] * len(tokens)
-        if not rows:
-            return None
-        device = self._places[0][1].down.device
-        return Live(torch.tensor(rows, device=device), torch.tensor(owners, device=device))
+        return rows, owners
 
     def owner_of_new_tokens(self, member: int) -> int:
         """Who edits the tokens that a member generates: one of its groups, or BASE."""

@@ -3,7 +3,7 @@
 
     generate.py --shape 1b [--sides reft base all red ... pyreft] [--batches 1 8 32 128]
                 [--answers 16 128] [--ragged 1000] [--mixed 64] [--peer-python PYTHON] [--peer-path FOLDER]
-                [--timeout 240] [--output RESULTS.json]
+                [--timeout 240] [--gpus 1] [--output RESULTS.json]
 
 Every side runs in a process of its own on the same random-weight Llama: LoReFT at f7+l7 tied, rank 8, all layers, ends
 of answers switched off so that all sides decode the same number of tokens. `reft` and `base` are our own slots with and
@@ -13,7 +13,8 @@ its dynamic cache, and with a static cache and its compiled step. A fixed worklo
 the best of `--repeats` after a warm-up of the same shape counts, prompts included. `ragged` are prompts of 20 to 400
 tokens, the last number of `--answers` new ones each, in --ragged-batch slots; transformers and pyreft take the first
 `--peer-rows` of them in batches of 4 and 32, left-padded. `mixed` is one batch in which every row has its own
-checkpoint or all have the same one. pyreft runs under --peer-python, or with --peer-path first on its path.
+checkpoint or all have the same one. pyreft runs under --peer-python, or with --peer-path first on its path. With --gpus 2
+two sides run at a time, each on a GPU of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -252,27 +255,46 @@ def measure_mixed(args: argparse.Namespace, device: str, vocabulary: int) -> Ite
 
 
 def run_sides(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side in a process of its own, one after the other."""
-    results = []
-    for name in [*args.sides, *(["mixed"] if args.mixed else [])]:
-        python = args.peer_python if name == "pyreft" and args.peer_python else sys.executable
-        environment = dict(os.environ)
-        if name == "pyreft" and args.peer_path:
-            environment["PYTHONPATH"] = args.peer_path
-        command = [python, __file__, "--side", name, *sys.argv[1:]]
+    """Every side in a process of its own, as many at a time as there are GPUs for."""
+    names = [*args.sides, *(["mixed"] if args.mixed else [])]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    free = SimpleQueue[str]()
+    for gpu in (seen.split(",") if seen else map(str, range(args.gpus))) if args.gpus > 1 else [seen]:
+        free.put(gpu)
+
+    def run(name: str) -> list[dict[str, Any]]:
+        gpu = free.get()
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False, timeout=args.timeout
-            )
-            out, error = done.stdout, done.stderr if done.returncode else ""
-        except subprocess.TimeoutExpired as late:
-            out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            error = f"stopped after {args.timeout} s"
-        results += [{"side": name} | json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        if error:
-            results.append({"side": name, "error": error.strip().splitlines()[-1]})
-            print(error[-2000:], file=sys.stderr)
-        print(json.dumps(results[-1:]), file=sys.stderr, flush=True)
+            return run_side(name, args, gpu)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(args.gpus) as pool:
+        return [row for rows in pool.map(run, names) for row in rows]
+
+
+def run_side(name: str, args: argparse.Namespace, gpu: str) -> list[dict[str, Any]]:
+    """One side in a process of its own, on a GPU by its number; empty: on what there is."""
+    python = args.peer_python if name == "pyreft" and args.peer_python else sys.executable
+    environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    if name == "pyreft" and args.peer_path:
+        environment["PYTHONPATH"] = args.peer_path
+    command = [python, __file__, "--side", name, *sys.argv[1:]]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=args.timeout
+        )
+        out, error = done.stdout, done.stderr if done.returncode else ""
+    except subprocess.TimeoutExpired as late:
+        out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        error = f"stopped after {args.timeout} s"
+    results = [{"side": name} | json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if error:
+        results.append({"side": name, "error": error.strip().splitlines()[-1]})
+        print(error[-2000:], file=sys.stderr)
+    took = time.perf_counter() - started
+    print(f"{name}: {len(results)} results in {took:.0f} s {json.dumps(results[-1:])}", file=sys.stderr, flush=True)
     return results
 
 
@@ -301,6 +323,7 @@ def main() -> None:
     parser.add_argument("--mixed", type=int, default=64, help="checkpoints in one batch; 0 leaves it out")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--timeout", type=int, default=240, help="seconds for a side")
+    parser.add_argument("--gpus", type=int, default=1, help="sides that run at the same time, each on a GPU of its own")
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-path")
     parser.add_argument("--output", type=Path)
@@ -312,8 +335,10 @@ def main() -> None:
     results = run_sides(args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     if args.output:
-        args.output.write_text(json.dumps({"shape": args.shape, "device": device, "results": results}, indent=2) + "\n")
-    print(f"{args.shape} on {device}\n{table(results)}")
+        facts = {"shape": args.shape, "device": device, "gpus": args.gpus, "results": results}
+        args.output.write_text(json.dumps(facts, indent=2) + "\n")
+    several = f", {args.gpus} sides at a time, each on a GPU of its own" if args.gpus > 1 else ""
+    print(f"{args.shape} on {device}{several}\n{table(results)}")
 
 
 if __name__ == "__main__":

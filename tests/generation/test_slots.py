@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from tiny_decoding import GREEDY, PROMPTS, TOKENIZER, from_slots, intervened, pr
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from reft_cli.generation import prompts
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.decode import Decoder, requests_of
+from reft_cli.generation.prompts import Pass, PromptGraphs
 from reft_cli.generation.settings import Decoding, Request
 from reft_cli.generation.slots import SlotDecoder
 from reft_cli.models import attention
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.packing import packing_inputs
 from reft_cli.models.slots import try_slots
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import Positions
@@ -268,3 +272,57 @@ def test_a_step_reads_no_value_so_it_can_be_captured(family: str, decoding: Deco
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):  # an error for what depends on a value
         serving._slots._advance()
     progress.close()
+
+
+# ---- prompts that are read by themselves
+
+
+@pytest.fixture
+def played_back(monkeypatch: pytest.MonkeyPatch) -> list[PromptGraphs]:
+    """Captured passes as they are on a GPU, but that a replay runs the pass; all makers of them."""
+    made: list[PromptGraphs] = []
+
+    def new_prompts(self: SlotDecoder) -> PromptGraphs:
+        parts = (self.model, self.cache, self.stack, self.state, self.chooser)
+        made.append(PromptGraphs(*parts, limit=self.decoding.max_new_tokens))
+        return made[-1]
+
+    def capture(self: PromptGraphs, key: tuple[int, int, bool], given: Tensor) -> bool:
+        numbers = torch.full_like(given, 7)  # what is captured may not depend on what stands there
+        self._inputs.setdefault(key[0], packing_inputs([key[0]]))
+        graph = SimpleNamespace(replay=lambda: self._pass(key, numbers))
+        self._passes[key] = Pass(graph, numbers)  # type: ignore[arg-type]
+        return True
+
+    monkeypatch.setattr(SlotDecoder, "_new_prompts", new_prompts)
+    monkeypatch.setattr(PromptGraphs, "_capture", capture)
+    return made
+
+
+@pytest.mark.parametrize("positions", ["f3+l3", "l1", "all", "prompt", "generated"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_prompts_read_alone_are_filled_up(positions: str, slots: int, played_back: list[PromptGraphs]):
+    model = intervened(positions)
+    asked = [prompt(length, seed=length) for length in (5, 1, 2, 3, 63, 64, 65, 20, 90)]
+    found = tokens(model, asked, positions, GREEDY, size=slots)
+    assert found == [recomputed(model, each, positions, 8) for each in asked]
+    assert len(played_back) == 1 and (slots == 3 or {width for width, *_ in played_back[0]._passes} == {64, 128})
+
+
+def test_prompts_read_alone_are_drawn_and_penalised_alike(played_back: list[PromptGraphs]):
+    settings = Decoding(max_new_tokens=8, temperature=1.2, repetition_penalty=1.4, no_repeat_ngram_size=2, seed=3)
+    model, asked = intervened(), [prompt(length, seed=length) for length in (5, 9, 12, 30)]
+    alone = tokens(model, asked, "f3+l3", settings, size=1)
+    assert len(played_back[0]._passes) == 1
+    assert alone == tokens(model, asked, "f3+l3", settings, size=4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("LONGEST", 100), ("longest_sequence", lambda model: 120)])
+def test_prompts_that_cannot_be_filled_up_are_not(
+    name: str, value: object, played_back: list[PromptGraphs], monkeypatch: pytest.MonkeyPatch
+):
+    """Long ones, and those at the end of a model's learned positions: 90 tokens would be 128."""
+    monkeypatch.setattr(prompts, name, value)
+    model, asked = intervened(family="gpt2"), [prompt(90, seed=seed) for seed in range(3)]
+    assert tokens(model, asked, "f3+l3", GREEDY, size=1) == [recomputed(model, each, "f3+l3", 8) for each in asked]
+    assert len(played_back) == 1 and not played_back[0]._passes

@@ -85,6 +85,19 @@ def test_captured_steps_equal_plain_ones(dtype: torch.dtype, decoding: Decoding,
     assert plain._slots is not None and not plain._slots._graphs
 
 
+@pytest.mark.parametrize("positions", ["f3+l3", "all"])
+def test_prompts_read_by_captured_passes_equal_those_read_plainly(positions: str, monkeypatch: pytest.MonkeyPatch):
+    """In half precision products of other sizes round otherwise, so that a few answers may part."""
+    model = intervened(positions, base=on_gpu(dtype=torch.bfloat16)).to("cuda")
+    requests, way, plain = requests_of(ASKED, member=1), serving(model, positions), serving(model, positions)
+    found = from_slots(way, requests, GREEDY, size=1)
+    assert way._slots is not None and way._slots._prompts is not None
+    assert way._slots._prompts.why_not is None and way._slots._prompts._passes
+    monkeypatch.setattr(SlotDecoder, "_new_prompts", lambda self: None)
+    wanted = from_slots(plain, requests, GREEDY, size=1)
+    assert sum(one == other for one, other in zip(found, wanted, strict=True)) >= 0.8 * len(ASKED)
+
+
 @pytest.mark.usefixtures("short_spans")
 def test_compiled_blocks_equal_plain_ones():
     for positions, component in (("f3+l3", "block_output"), ("all", "block_output"), ("all", "mlp_output")):
