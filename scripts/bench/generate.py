@@ -13,8 +13,8 @@ its dynamic cache, and with a static cache and its compiled step. A fixed worklo
 the best of `--repeats` after a warm-up of the same shape counts, prompts included. `ragged` are prompts of 20 to 400
 tokens, the last number of `--answers` new ones each, in --ragged-batch slots; transformers and pyreft take the first
 `--peer-rows` of them in batches of 4 and 32, left-padded. `mixed` is one batch in which every row has its own
-checkpoint or all have the same one. pyreft runs under --peer-python, or with --peer-path first on its path. With --gpus 2
-two sides run at a time, each on a GPU of its own.
+checkpoint or all have the same one. pyreft runs under --peer-python, or with --peer-path first on its path. With
+--gpus 2 two sides run at a time, each on a GPU of its own.
 """
 
 from __future__ import annotations
