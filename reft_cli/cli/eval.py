@@ -68,8 +68,8 @@ def evaluate(
     common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
-        generation = {"compile": compile}
-        score = partial(runs.evaluate, run, data=data, split=split or "test", generation=generation, **asdict(common))
+        of_rows = {"data": data, "split": split or "test", "generation": {"compile": compile}}
+        score = partial(runs.evaluate, run, **of_rows, **asdict(common))
     else:
         names = _names(tasks, data=data, split=split, compile=compile)
         score = partial(

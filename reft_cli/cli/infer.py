@@ -86,8 +86,7 @@ def infer(
     _check_flags(given | {"--json": as_json, "--samples": samples > 1})
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     asked |= {"top_k": top_k, "seed": seed, "compile": compile}
-    models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
-    how = How({key: value for key, value in asked.items() if value is not None}, models, samples, raw)
+    how = How.of(asked, base=base, compare=compare, samples=samples, raw=raw)
     marks = [time.perf_counter()]
     from reft_cli.runs import open_run
 
@@ -122,6 +121,12 @@ class How:
     models: Sequence[Model]
     samples: int
     raw: bool
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any], *, base: bool, compare: bool, samples: int, raw: bool) -> How:
+        """What was asked for: settings that are not given are the run's own."""
+        models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
+        return cls({key: value for key, value in asked.items() if value is not None}, models, samples, raw)
 
     def answers(
         self, session: Session, prompts: Sequence[str | Mapping[str, Any]]
