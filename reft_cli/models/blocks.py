@@ -92,6 +92,14 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(path, tuple(found))
 
 
+def norms_behind(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
+    """Normalisations that stand behind the blocks; each works on one row at a time, as its class's name says."""
+    parent, _, name = blocks.path.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
+    place = [child for child, _ in children].index(name)
+    return [each for _, each in children[place + 1 :] if type(each).__name__.endswith(("RMSNorm", "LayerNorm"))]
+
+
 def _are_blocks(modules: nn.ModuleList) -> bool:
     classes = {type(module) for module in modules}
     return len(classes) == 1 and any(True for module in modules for _ in module.parameters())

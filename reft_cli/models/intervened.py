@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from reft_cli.errors import ModelError
 from reft_cli.interventions.bank import Bank
 from reft_cli.models.attention import PACKED, attending
-from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output, hidden_size
+from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output, hidden_size, norms_behind
 from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
 from reft_cli.models.frozen import FrozenBlocks
@@ -53,7 +53,7 @@ class IntervenedModel(nn.Module):
         self.frozen = FrozenBlocks(blocks, sites)
         self._rows: Rows | None = None
         self._answer_rows: Tensor | None = None
-        self._last_mlp_rows: Tensor | None = None
+        self._read_rows: Tensor | None = None
         self._editing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._own_attention = base_model.config._attn_implementation
@@ -67,9 +67,8 @@ class IntervenedModel(nn.Module):
         unembedding = self.base_model.get_output_embeddings()  # type: ignore[operator]
         if unembedding is not None:
             self._handles.append(unembedding.register_forward_pre_hook(self._keep_answer_rows))
-        last = self._last_mlp()
-        if last is not None:
-            self._handles += _only_at_rows(last, lambda: self._last_mlp_rows)
+        for module in filter(None, [self._last_mlp(), *norms_behind(self.base_model, self._blocks)]):
+            self._handles += _only_at_rows(module, lambda: self._read_rows)
         return self
 
     def __exit__(
@@ -142,7 +141,7 @@ class IntervenedModel(nn.Module):
             yield
         finally:
             self._rows, self._editing = before
-            self._last_mlp_rows = None
+            self._read_rows = None
 
     def above(self, frozen: Tensor | None) -> AbstractContextManager[None]:
         """Inside, blocks that no edit reaches do not run: `frozen` comes out of them; None: they run."""
@@ -163,15 +162,15 @@ class IntervenedModel(nn.Module):
         return logits
 
     def answers_at(self, inputs: Mapping[str, Tensor | int], answer_rows: Tensor) -> Tensor:
-        """What the unembedding is given at flat rows, [K, D], on its device; the last MLP runs at these rows only.
+        """What the unembedding is given at flat rows, [K, D], on its device; last MLP and norm run at these rows only.
 
         Only inside `editing`, which has to go on until the backward pass is done: it may compute the MLP again.
         """
         assert self._editing, "answers_at belongs into `with model.editing(rows)`"
-        self._last_mlp_rows = answer_rows
+        self._read_rows = answer_rows
         output = self.base_model.get_decoder()(**inputs, use_cache=False)
         if not torch.is_grad_enabled():
-            self._last_mlp_rows = None
+            self._read_rows = None
         h: Tensor = output.last_hidden_state
         some = h.reshape(-1, h.shape[-1]).index_select(0, answer_rows.to(h.device))
         head = self.linear_head

@@ -1,4 +1,4 @@
-"""What saves work changes neither loss nor gradients: the last MLP at answer rows only, compiled blocks."""
+"""What saves work changes neither loss nor gradients: last MLP and norm at answer rows only, compiled blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from reft_cli.data.batch import build_batch
 from reft_cli.data.encode import Example
+from reft_cli.models.blocks import find_blocks, norms_behind
 from reft_cli.models.build import build_intervened
 from reft_cli.models.compiling import compilable_parts, compile_seconds
 from reft_cli.models.intervened import IntervenedModel
@@ -71,17 +72,32 @@ def test_edits_inside_the_last_mlp_see_all_rows(component: str):
     model.eval()
 
 
-def test_the_last_mlp_runs_at_answers_only_and_only_in_the_loss():
+def test_the_last_mlp_and_norm_run_at_answers_only_and_only_in_the_loss():
     model, seen = intervened("llama"), []
-    mlp = model.base_model.model.layers[-1].mlp
+    base = model.base_model.model
     with model, model.editing(None):
         assert model.linear_head is not None  # found by running the model once
-    with model, mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(out.shape[1])):
-        found(model, TASKS["causal_lm"].loss)
+
+    def see(_: object, __: object, out: torch.Tensor) -> None:
+        seen.append(out.shape[1])
+
+    inside = base.layers[-1].mlp.up_proj
+    with model, inside.register_forward_hook(see), base.norm.register_forward_hook(see, prepend=True):
+        found(model, TASKS["causal_lm"].loss)  # the norm is seen before its rows are put back
         with torch.no_grad():
             model.base_model(input_ids=torch.tensor([[5, 6, 7, 8]]))
     model.eval()
-    assert seen == [9, 4]
+    assert seen == [9, 9, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("family", "names"), [("llama", ["norm"]), ("gpt2", ["ln_f"]), ("gpt_neox", ["final_layer_norm"]), ("bert", [])]
+)
+def test_norms_behind_the_blocks_are_found(family: str, names: list[str]):
+    model = base_of(family).model
+    blocks = find_blocks(model)
+    parent = model.get_submodule(blocks.path.rpartition(".")[0])
+    assert norms_behind(model, blocks) == [getattr(parent, name) for name in names]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
