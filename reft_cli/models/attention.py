@@ -136,6 +136,8 @@ def _let_kernels_attend(sizes: set[int]) -> None:
 def _heads_of(model: PreTrainedModel) -> set[int]:
     """Its size of heads if our kernels take it; tried before the model runs, which may be compiled or recorded then."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if isinstance(heads, int) else None)
-    return {size} if isinstance(size, int) and why_not_kernels(model.device, size) is None else set()
+    heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if not isinstance(heads, int) or not isinstance(shared, int | None):  # some have a list, a number for each block
+        return set()
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {size} if why_not_kernels(model.device, size, heads // (shared or heads)) is None else set()

@@ -35,10 +35,10 @@ def attend_by_kernels(
 
 
 @cache
-def why_not_kernels(device: torch.device, head_size: int) -> str | None:
+def why_not_kernels(device: torch.device, head_size: int, sharing: int) -> str | None:
     """None if the kernels attend on the device as plain arithmetic does, tried forward and backward; else the reason.
 
-    Where they ought to and do not, a warning says so.
+    `sharing` heads have keys and values in common. Where kernels ought to run and do not, a warning says so.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return "they are written for NVIDIA GPUs"
@@ -48,18 +48,18 @@ def why_not_kernels(device: torch.device, head_size: int) -> str | None:
         return f"a head of {head_size} numbers is none of {', '.join(map(str, HEAD_SIZES))}"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    reason = _why_trial_fails(device, head_size)
+    reason = _why_trial_fails(device, head_size, sharing)
     if reason is not None:
         warnings.warn(f"torch's attention is used in place of our kernels: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
-def _why_trial_fails(device: torch.device, head_size: int) -> str | None:
+def _why_trial_fails(device: torch.device, head_size: int, sharing: int) -> str | None:
     from triton import TritonError
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            error = _error_of_trial(device, head_size)
+            error = _error_of_trial(device, head_size, sharing)
     except torch.OutOfMemoryError:
         raise
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as refusal:
@@ -67,11 +67,11 @@ def _why_trial_fails(device: torch.device, head_size: int) -> str | None:
     return None if error < CLOSE else f"they are off by {error:.3f} of what plain arithmetic gives"
 
 
-def _error_of_trial(device: torch.device, head_size: int) -> float:
+def _error_of_trial(device: torch.device, head_size: int, sharing: int) -> float:
     """The largest relative error of what is attended and of its gradients, beside float32 one sequence at a time."""
     chance = torch.Generator(device).manual_seed(0)
     bounds = torch.tensor([0, *TRIAL], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    sizes = [(4, head_size), (2, head_size), (2, head_size), (4, head_size)]
+    sizes = [(heads, head_size) for heads in (2 * sharing, 2, 2, 2 * sharing)]
     query, key, value, upstream = (
         torch.randn(int(bounds[-1]), *size, device=device, generator=chance).bfloat16().requires_grad_()
         for size in sizes

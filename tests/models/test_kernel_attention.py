@@ -70,13 +70,13 @@ def test_kernels_attend_within_each_sequence(device: torch.device, heads: tuple[
 
 
 def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
-    assert why_not_kernels(CPU, 64) == "they are written for NVIDIA GPUs"
+    assert why_not_kernels(CPU, 64, 4) == "they are written for NVIDIA GPUs"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert why_not_kernels.__wrapped__(GPU, 64) == "the GPU is too old"
+    assert why_not_kernels.__wrapped__(GPU, 64, 4) == "the GPU is too old"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert why_not_kernels.__wrapped__(GPU, 96) == "a head of 96 numbers is none of 16, 32, 64, 128"
+    assert why_not_kernels.__wrapped__(GPU, 96, 4) == "a head of 96 numbers is none of 16, 32, 64, 128"
     monkeypatch.setattr(kernel_attention, "find_spec", lambda _: None)
-    assert why_not_kernels.__wrapped__(GPU, 64) == "Triton is not installed"
+    assert why_not_kernels.__wrapped__(GPU, 64, 4) == "Triton is not installed"
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -84,12 +84,12 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_a_trial_compares_with_plain_arithmetic(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)  # Triton's interpreter multiplies no bfloat16
-    assert kernel_attention._error_of_trial(device, 16) < 0.002
+    assert kernel_attention._error_of_trial(device, 16, 2) < 0.002
     real = kernel_attention._plain
     monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given) * 1.01)
-    assert kernel_attention._error_of_trial(device, 16) > 0.002
+    assert kernel_attention._error_of_trial(device, 16, 2) > 0.002
     monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given) * torch.nan)
-    assert not kernel_attention._error_of_trial(device, 16) < 0.002
+    assert not kernel_attention._error_of_trial(device, 16, 2) < 0.002
 
 
 @pytest.mark.skipif(not TRITON, reason="errors that Triton raises")
@@ -103,7 +103,7 @@ def test_a_trial_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, error: floa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(kernel_attention, "_error_of_trial", trial)
     with pytest.warns(RuntimeWarning, match="torch's attention is used in place of our kernels"):
-        reason = why_not_kernels.__wrapped__(GPU, 64)
+        reason = why_not_kernels.__wrapped__(GPU, 64, 4)
     assert reason in (
         "they are off by 0.500 of what plain arithmetic gives",
         "they are off by nan of what plain arithmetic gives",
@@ -114,7 +114,7 @@ def test_a_trial_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, error: floa
 def test_kernels_attend_only_inside_packed_attention(monkeypatch: pytest.MonkeyPatch):
     model = base_of("llama").model
     size = model.config.head_dim
-    monkeypatch.setattr(attention, "why_not_kernels", lambda _, given: None if given == size else "another size")
+    monkeypatch.setattr(attention, "why_not_kernels", lambda _, *given: None if given == (size, 2) else "others")
     assert not attention._heads_by_kernels
     with attending(model):
         assert attention._heads_by_kernels == {size}
@@ -128,7 +128,7 @@ def test_kernels_attend_only_inside_packed_attention(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("window", [None, 50])
 def test_half_types_attend_as_float32_does_and_always_alike(size: int, window: int | None):
-    assert why_not_kernels(GPU, size) is None
+    assert why_not_kernels(GPU, size, 4) is None
     lengths = [40, 199, 64, 1, 0, 700, 128]
     for dtype in (torch.bfloat16, torch.float16):
         leaves, upstream, bounds = drawn(GPU, lengths, size=size, heads=(32, 8), dtype=dtype)
