@@ -4,7 +4,9 @@ Kernels made for long sequences add up the gradient to the queries in float32 wi
 to keys and values for every query head, to be summed later. With sequences of a few hundred tokens, filling and reading
 those buffers takes longer than the arithmetic. Here a second pass computes the scores again instead: one kernel goes
 along the keys of a block of queries, one along the queries of a block of keys, through all heads that share it. What is
-written is the result, once, and always summed in the same order: every run gives the same bits.
+written is the result, once, and always summed in the same order: every run gives the same bits. A block of queries is
+that of a few tokens in all heads that share keys, not of many tokens in one, so that little of a block lies beyond the
+end of a sequence or before what it may see.
 
 Written in Triton, which torch brings along on GPUs; imported only where there is one.
 
@@ -21,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_TOGETHER = 8  # heads in a block of queries
 # rows of queries and columns of keys in a block, measured on an H200 at 40 to 800 tokens a sequence
 FORWARD = {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 3}
 QUERIES = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
@@ -34,11 +37,12 @@ def forward(
     tokens, heads, size = query.shape
     attended = query.new_empty(query.shape)
     mass = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
+    together = _together(heads // key.shape[1])
     with torch.cuda.device_of(query):
-        _forward[_grid(longest, FORWARD["ROWS"], bounds, heads)](
+        _forward[_grid(longest, FORWARD["ROWS"] // together, bounds, heads // together)](
             query, key, value, attended, mass, bounds, scaling * log2(e), tokens, window or 0,
             *_strides(query, key, value, attended),
-            SHARING=heads // key.shape[1], SIZE=size, BANDED=window is not None, **FORWARD,
+            SHARING=heads // key.shape[1], HEADS=together, SIZE=size, BANDED=window is not None, **FORWARD,
         )  # fmt: skip
     return attended, mass
 
@@ -50,11 +54,12 @@ def backward(
     """Gradients to query [N, H, E], key and value [N, K, E] from that to what was attended."""
     (tokens, heads, size), shared = query.shape, key.shape[1]
     to_query, to_key, to_value = (each.new_empty(each.shape) for each in (query, key, value))
-    common = {"SHARING": heads // shared, "SIZE": size, "BANDED": window is not None}
+    together = _together(heads // shared)
+    common = {"SHARING": heads // shared, "HEADS": together, "SIZE": size, "BANDED": window is not None}
     numbers = (bounds, scaling, scaling * log2(e), tokens, window or 0)
     along = torch.empty_like(mass)
     with torch.cuda.device_of(query):
-        _to_queries[_grid(longest, QUERIES["ROWS"], bounds, heads)](
+        _to_queries[_grid(longest, QUERIES["ROWS"] // together, bounds, heads // together)](
             query, key, value, attended, upstream, mass, along, to_query, *numbers,
             *_strides(query, key, value, attended, upstream, to_query), **common, **QUERIES,
         )  # fmt: skip
@@ -66,7 +71,13 @@ def backward(
 
 
 def _grid(longest: int, block: int, bounds: Tensor, heads: int) -> tuple[int, int, int]:
-    return -(-longest // block), len(bounds) - 1, heads
+    """Heads, which lie side by side, before sequences, and blocks last."""
+    return heads, len(bounds) - 1, -(-longest // block)
+
+
+def _together(sharing: int) -> int:
+    """Heads in a block of queries: a power of two of those that share keys, so that a block has fewer tokens."""
+    return min(sharing & -sharing, MOST_TOGETHER)
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -75,23 +86,20 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 @triton.jit
-def _load(start: tl.tensor, tokens: tl.tensor, stride: tl.tensor, there: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """A block [tokens, E] of one head; zero where there is no token."""
-    places = start + tokens[:, None] * stride + tl.arange(0, SIZE)[None, :]
-    return tl.load(places, mask=there[:, None], other=0.0)
+def _load(start: tl.tensor, places: tl.tensor, there: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """A block [rows, E] of heads that begin at these places; zero where there is none."""
+    return tl.load(start + places[:, None] + tl.arange(0, SIZE)[None, :], mask=there[:, None], other=0.0)
 
 
 @triton.jit
-def _store(
-    start: tl.tensor, tokens: tl.tensor, stride: tl.tensor, there: tl.tensor, values: tl.tensor, SIZE: tl.constexpr
-) -> None:
-    places = start + tokens[:, None] * stride + tl.arange(0, SIZE)[None, :]
-    tl.store(places, values.to(start.dtype.element_ty), mask=there[:, None])
+def _store(start: tl.tensor, places: tl.tensor, there: tl.tensor, values: tl.tensor, SIZE: tl.constexpr) -> None:
+    where = start + places[:, None] + tl.arange(0, SIZE)[None, :]
+    tl.store(where, values.to(start.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
 def _sees(rows: tl.tensor, cols: tl.tensor, window: tl.tensor, BANDED: tl.constexpr) -> tl.tensor:
-    """Whether the query of a row attends to the key of a column: it comes no earlier, and is not too far on."""
+    """Whether the query at a place attends to the key at another: it comes no earlier, and is not too far on."""
     seen = rows >= cols
     if BANDED:
         seen = seen & (rows - cols < window)
@@ -112,26 +120,28 @@ def _forward(
     q_at: tl.tensor, k_at: tl.tensor, v_at: tl.tensor, o_at: tl.tensor, mass_at: tl.tensor, bounds: tl.tensor,
     t: tl.tensor, total: tl.tensor, window: tl.tensor, qn: tl.tensor, qh: tl.tensor, kn: tl.tensor, kh: tl.tensor,
     vn: tl.tensor, vh: tl.tensor, on: tl.tensor, oh: tl.tensor,
-    SHARING: tl.constexpr, SIZE: tl.constexpr, BANDED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHARING: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BANDED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One block of queries of one head, along the keys that it sees."""
-    head = tl.program_id(2)
+    """Some queries of HEADS heads that share keys, along the keys that they see."""
     start = tl.load(bounds + tl.program_id(1))
     length = tl.load(bounds + tl.program_id(1) + 1) - start
-    first = tl.program_id(0) * ROWS
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * (ROWS // HEADS)  # long ways first
     if first >= length:
         return
-    rows = first + tl.arange(0, ROWS)
+    rows = first + tl.arange(0, ROWS) // HEADS
+    heads = tl.program_id(0) * HEADS + tl.arange(0, ROWS) % HEADS
+    shared = tl.program_id(0) * HEADS // SHARING
     there, tokens = rows < length, (start + rows).to(tl.int64)
-    q = _load(q_at + head * qh, tokens, qn, there, SIZE)
+    q = _load(q_at, tokens * qn + heads * qh, there, SIZE)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     summed = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, SIZE], tl.float32)
-    for begin in range(_lowest(first, window, COLS, BANDED), tl.minimum(first + ROWS, length), COLS):
+    for begin in range(_lowest(first, window, COLS, BANDED), tl.minimum(first + ROWS // HEADS, length), COLS):
         cols = begin + tl.arange(0, COLS)
         inside, keys = cols < length, (start + cols).to(tl.int64)
-        k = _load(k_at + head // SHARING * kh, keys, kn, inside, SIZE)
-        v = _load(v_at + head // SHARING * vh, keys, vn, inside, SIZE)
+        k = _load(k_at + shared * kh, keys * kn, inside, SIZE)
+        v = _load(v_at + shared * vh, keys * vn, inside, SIZE)
         seen = _sees(rows[:, None], cols[None, :], window, BANDED)
         scores = tl.where(seen, tl.dot(q, tl.trans(k)) * t, float("-inf"))
         better = tl.maximum(best, tl.max(scores, 1))
@@ -141,8 +151,8 @@ def _forward(
         summed = summed * shrunk + tl.sum(weights, 1)
         o = tl.dot(weights.to(v.dtype), v, o * shrunk[:, None])
         best = better
-    _store(o_at + head * oh, tokens, on, there, o / summed[:, None], SIZE)
-    tl.store(mass_at + head.to(tl.int64) * total + tokens, best + tl.log2(summed), mask=there)
+    _store(o_at, tokens * on + heads * oh, there, o / summed[:, None], SIZE)
+    tl.store(mass_at + heads.to(tl.int64) * total + tokens, best + tl.log2(summed), mask=there)
 
 
 @triton.jit(do_not_specialize=["total", "window"])
@@ -151,35 +161,37 @@ def _to_queries(
     along_at: tl.tensor, dq_at: tl.tensor, bounds: tl.tensor, scaling: tl.tensor, t: tl.tensor, total: tl.tensor,
     window: tl.tensor, qn: tl.tensor, qh: tl.tensor, kn: tl.tensor, kh: tl.tensor, vn: tl.tensor, vh: tl.tensor,
     on: tl.tensor, oh: tl.tensor, don: tl.tensor, doh: tl.tensor, dqn: tl.tensor, dqh: tl.tensor,
-    SHARING: tl.constexpr, SIZE: tl.constexpr, BANDED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHARING: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BANDED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The gradient to one block of queries of one head; and do·o of each, which the gradient to keys needs too."""
-    head = tl.program_id(2)
+    """The gradient to some queries of HEADS heads; and do·o of each, which the gradient to keys needs too."""
     start = tl.load(bounds + tl.program_id(1))
     length = tl.load(bounds + tl.program_id(1) + 1) - start
-    first = tl.program_id(0) * ROWS
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * (ROWS // HEADS)  # long ways first
     if first >= length:
         return
-    rows = first + tl.arange(0, ROWS)
+    rows = first + tl.arange(0, ROWS) // HEADS
+    heads = tl.program_id(0) * HEADS + tl.arange(0, ROWS) % HEADS
+    shared = tl.program_id(0) * HEADS // SHARING
     there, tokens = rows < length, (start + rows).to(tl.int64)
-    q = _load(q_at + head * qh, tokens, qn, there, SIZE)
-    o = _load(o_at + head * oh, tokens, on, there, SIZE)
-    do = _load(do_at + head * doh, tokens, don, there, SIZE)
-    numbers = head.to(tl.int64) * total + tokens
+    q = _load(q_at, tokens * qn + heads * qh, there, SIZE)
+    o = _load(o_at, tokens * on + heads * oh, there, SIZE)
+    do = _load(do_at, tokens * don + heads * doh, there, SIZE)
+    numbers = heads.to(tl.int64) * total + tokens
     mass = tl.load(mass_at + numbers, mask=there, other=0.0)
     along = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(along_at + numbers, along, mask=there)
     dq = tl.zeros([ROWS, SIZE], tl.float32)
-    for begin in range(_lowest(first, window, COLS, BANDED), tl.minimum(first + ROWS, length), COLS):
+    for begin in range(_lowest(first, window, COLS, BANDED), tl.minimum(first + ROWS // HEADS, length), COLS):
         cols = begin + tl.arange(0, COLS)
         inside, keys = cols < length, (start + cols).to(tl.int64)
-        k = _load(k_at + head // SHARING * kh, keys, kn, inside, SIZE)
-        v = _load(v_at + head // SHARING * vh, keys, vn, inside, SIZE)
+        k = _load(k_at + shared * kh, keys * kn, inside, SIZE)
+        v = _load(v_at + shared * vh, keys * vn, inside, SIZE)
         seen = _sees(rows[:, None], cols[None, :], window, BANDED)
         weights = tl.where(seen, tl.exp2(tl.dot(q, tl.trans(k)) * t - mass[:, None]), 0.0)
         slopes = weights * (tl.dot(do, tl.trans(v)) - along[:, None])
         dq = tl.dot(slopes.to(k.dtype), k, dq)
-    _store(dq_at + head * dqh, tokens, dqn, there, dq * scaling, SIZE)
+    _store(dq_at, tokens * dqn + heads * dqh, there, dq * scaling, SIZE)
 
 
 @triton.jit(do_not_specialize=["total", "window"])
@@ -188,32 +200,33 @@ def _to_keys(
     dk_at: tl.tensor, dv_at: tl.tensor, bounds: tl.tensor, scaling: tl.tensor, t: tl.tensor, total: tl.tensor,
     window: tl.tensor, qn: tl.tensor, qh: tl.tensor, kn: tl.tensor, kh: tl.tensor, vn: tl.tensor, vh: tl.tensor,
     don: tl.tensor, doh: tl.tensor, dkn: tl.tensor, dkh: tl.tensor, dvn: tl.tensor, dvh: tl.tensor,
-    SHARING: tl.constexpr, SIZE: tl.constexpr, BANDED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHARING: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BANDED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The gradients to one block of keys and values, along all queries that see them, of all heads that share them."""
-    shared = tl.program_id(2)
+    shared = tl.program_id(0)
     start = tl.load(bounds + tl.program_id(1))
     length = tl.load(bounds + tl.program_id(1) + 1) - start
-    first = tl.program_id(0) * COLS
+    first = tl.program_id(2) * COLS
     if first >= length:
         return
     cols = first + tl.arange(0, COLS)
     there, tokens = cols < length, (start + cols).to(tl.int64)
-    k = _load(k_at + shared * kh, tokens, kn, there, SIZE)
-    v = _load(v_at + shared * vh, tokens, vn, there, SIZE)
+    k = _load(k_at + shared * kh, tokens * kn, there, SIZE)
+    v = _load(v_at + shared * vh, tokens * vn, there, SIZE)
     dk = tl.zeros([COLS, SIZE], tl.float32)
     dv = tl.zeros([COLS, SIZE], tl.float32)
-    low, high = first // ROWS * ROWS, length
+    high = length
     if BANDED:
         high = tl.minimum(length, first + COLS + window - 1)
-    blocks = tl.cdiv(high - low, ROWS)
-    for turn in range(0, SHARING * blocks):
-        head = shared * SHARING + turn // blocks
-        rows = low + turn % blocks * ROWS + tl.arange(0, ROWS)
+    blocks = tl.cdiv(high - first, ROWS // HEADS)
+    for turn in range(0, SHARING // HEADS * blocks):
+        heads = shared * SHARING + turn // blocks * HEADS + tl.arange(0, ROWS) % HEADS
+        rows = first + turn % blocks * (ROWS // HEADS) + tl.arange(0, ROWS) // HEADS
         inside, queries = rows < length, (start + rows).to(tl.int64)
-        q = _load(q_at + head * qh, queries, qn, inside, SIZE)
-        do = _load(do_at + head * doh, queries, don, inside, SIZE)
-        numbers = head.to(tl.int64) * total + queries
+        q = _load(q_at, queries * qn + heads * qh, inside, SIZE)
+        do = _load(do_at, queries * don + heads * doh, inside, SIZE)
+        numbers = heads.to(tl.int64) * total + queries
         mass = tl.load(mass_at + numbers, mask=inside, other=0.0)
         along = tl.load(along_at + numbers, mask=inside, other=0.0)
         seen = _sees(rows[None, :], cols[:, None], window, BANDED) & inside[None, :]
@@ -221,5 +234,5 @@ def _to_keys(
         dv = tl.dot(weights.to(do.dtype), do, dv)
         slopes = weights * (tl.dot(v, tl.trans(do)) - along[None, :])
         dk = tl.dot(slopes.to(q.dtype), q, dk)
-    _store(dk_at + shared * dkh, tokens, dkn, there, dk * scaling, SIZE)
-    _store(dv_at + shared * dvh, tokens, dvn, there, dv, SIZE)
+    _store(dk_at + shared * dkh, tokens * dkn, there, dk * scaling, SIZE)
+    _store(dv_at + shared * dvh, tokens * dvn, there, dv, SIZE)
