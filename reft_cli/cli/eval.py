@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,13 +68,12 @@ def evaluate(
     common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
-        of_rows = {"data": data, "split": split or "test", "generation": {"compile": compile}}
-        score = partial(runs.evaluate, run, **of_rows, **asdict(common))
+        what: dict[str, Any] = {"data": data, "split": split or "test", "generation": {"compile": compile}}
+        score = partial(runs.evaluate, run, **what, **asdict(common))
     else:
         names = _names(tasks, data=data, split=split, compile=compile)
-        score = partial(
-            runs.evaluate_tasks, run, tasks=names, folder=task_folder, few_shot=few_shot, chat=chat, **asdict(common)
-        )
+        what = {"tasks": names, "folder": task_folder, "few_shot": few_shot, "chat": chat}
+        score = partial(runs.evaluate_tasks, run, **what, **asdict(common))
     with progress() as observer:
         report = score(observer=observer)
     if as_json:

@@ -99,8 +99,7 @@ def infer(
         elif source is not None:
             _answer_rows(session, source, how, output=output, resume=resume)
         else:
-            live = console.is_terminal(sys.stdout) if stream is None else stream
-            _answer_one(session, _fields(field) if field else str(prompt), how, as_json=as_json, stream=live)
+            _answer_one(session, _fields(field) if field else str(prompt), how, as_json=as_json, stream=stream)
         _tell_times([*marks, time.perf_counter()], session, how)
 
 
@@ -171,8 +170,11 @@ def _fields(given: Sequence[str]) -> dict[str, str]:
 # ---- one prompt
 
 
-def _answer_one(session: Session, row: str | Mapping[str, Any], how: How, *, as_json: bool, stream: bool) -> None:
-    if stream and not as_json and len(how.models) == how.samples == 1:
+def _answer_one(
+    session: Session, row: str | Mapping[str, Any], how: How, *, as_json: bool, stream: bool | None
+) -> None:
+    live = console.is_terminal(sys.stdout) if stream is None else stream
+    if live and not as_json and len(how.models) == how.samples == 1:
         write_stream(session.stream(row, settings=how.settings, base="base" in how.models, raw=how.raw))
         return
     found = next(how.answers(session, [row]))
