@@ -32,11 +32,18 @@ class GlobalBatch:
     """What the passes were cut by."""
 
 
+def dealt(count: int, *, process: int, processes: int) -> list[int]:
+    """The numbers of those of `count` ranked rows that a process gets: dealt out to and fro, 0 1 1 0 0 1 for two."""
+    rounds = range(-(-count // processes))
+    found = (each * processes + (process if each % 2 == 0 else processes - 1 - process) for each in rounds)
+    return [number for number in found if number < count]
+
+
 class Loader:
     """Builds the global batches of some examples.
 
     `token_budget` may be lowered at any time, after running out of memory say: every batch that is handed out later is
-    cut by it. `process` of `processes` takes every n-th row by length, so that all of them work equally. `prepare` is
+    cut by it. `process` of `processes` is dealt its rows by length, so that all of them work equally. `prepare` is
     done to each pass before it is pinned.
     """
 
@@ -65,7 +72,7 @@ class Loader:
         """The global batch of these examples, at once."""
         budget = self.token_budget
         chosen = self.examples.take(indices)
-        mine = chosen.longest_first()[self.process :: self.processes]
+        mine = chosen.longest_first().take(dealt(len(chosen), process=self.process, processes=self.processes))
         parts = cuts(
             mine.sizes.tolist(), token_budget=budget, rows=self.micro_batch_size, padded=self.layout == "padded"
         )

@@ -15,7 +15,7 @@ from reft_cli.data import loader as module
 from reft_cli.data.batch import Batch, build_batch, micro_batches
 from reft_cli.data.capacity import fill
 from reft_cli.data.examples import Example, Examples
-from reft_cli.data.loader import THREAD, GlobalBatch, Loader
+from reft_cli.data.loader import THREAD, GlobalBatch, Loader, dealt
 from reft_cli.positions import Positions
 
 GROUPS = Positions.parse("f3+l3").groups(tied=False)
@@ -79,6 +79,13 @@ def test_processes_share_a_batch_and_may_have_none_of_it():
     tokens = sum(batch.inputs["input_ids"].numel() for part in parts for batch in part.passes)
     assert tokens == (parts[0].examples.lengths - 1).sum() and parts[0].examples == parts[2].examples
     assert loader(process=2, processes=3).build([0, 1]).passes == []
+
+
+def test_rows_are_dealt_so_that_processes_work_equally():
+    assert [dealt(8, process=each, processes=2) for each in (0, 1)] == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    shares = [dealt(10, process=each, processes=3) for each in range(3)]
+    assert shares == [[0, 5, 6], [1, 4, 7], [2, 3, 8, 9]] and dealt(2, process=2, processes=3) == []
+    assert dealt(5, process=0, processes=1) == [0, 1, 2, 3, 4]
 
 
 def test_no_more_than_the_lead_is_built_ahead():
