@@ -73,8 +73,8 @@ def _chunk(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, slop
     loss = ((total - wide.gather(1, at)).squeeze(1) * learned).sum()
     if not slopes:
         return loss, h.new_empty(0)
-    probability = (wide - total).exp()
-    slope = (probability - (torch.arange(weight.shape[0], device=h.device) == at).float()) * learned[:, None]
+    hit = torch.arange(weight.shape[0], device=h.device) == at  # [C, V]
+    slope = wide.sub_(total).exp_().sub_(hit.byte()).mul_(learned[:, None])  # in place: the softmax less the target
     return loss, slope.to(h.dtype) @ weight
 
 
