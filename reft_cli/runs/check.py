@@ -181,5 +181,6 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
             micro_batch_size=None if spec.train.micro_batch_size == "auto" else spec.train.micro_batch_size,
             token_budget=token_budget(model.device),
             checkpointing=spec.train.gradient_checkpointing,
+            compiled=execution.compiled,
         ),
     )

@@ -33,7 +33,7 @@ class Estimate:
     seconds: float | None
     """All training steps, by the time of one pass over the longest rows; None if that would take long here."""
     measured_bytes: int | None
-    """Peak of that pass, where the device counts it."""
+    """Peak of that pass, where the device counts it; None if training is compiled."""
 
     @property
     def memory_bytes(self) -> int:
@@ -59,8 +59,12 @@ def estimate(
     micro_batch_size: int | None,
     token_budget: int,
     checkpointing: bool,
+    compiled: bool,
 ) -> Estimate:
-    """What `steps` steps take; the largest micro-batch is the one of the longest rows."""
+    """What `steps` steps take; the largest micro-batch is the one of the longest rows.
+
+    The pass that is tried is not compiled, which would take long; so it tells no memory of a compiled run.
+    """
     columns = Examples.of(examples)
     longest = columns.longest_first()[:global_batch_size]
     first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=layout == "padded"))
@@ -69,7 +73,9 @@ def estimate(
     tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
     seen = tokens_of(columns, global_batch_size=global_batch_size, steps=steps)
     for_each_token = model.operations_a_token()
-    parts = memory_parts_of(model, task, examples=columns, groups=groups, layout=layout, checkpointing=checkpointing)
+    parts = memory_parts_of(
+        model, task, examples=columns, groups=groups, layout=layout, checkpointing=checkpointing, compiled=compiled
+    )
     seconds = measured = None
     if model.device.type != "cpu" or for_each_token * tokens < QUICK:
         model.checkpoint_activations(checkpointing)
@@ -88,7 +94,7 @@ def estimate(
         operations=for_each_token * seen,
         tokens=seen,
         seconds=seconds,
-        measured_bytes=measured,
+        measured_bytes=None if compiled else measured,
     )
 
 

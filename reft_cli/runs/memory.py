@@ -1,12 +1,13 @@
 """Memory of a training pass, predicted from a pass over one row: what autograd keeps is counted, and grows with tokens.
 
-    peak = weights + trained + kept a token × tokens + max(a block's backward pass, the logits of a chunk)
+    peak = weights + trained + kept a token × tokens + max(a block's backward pass, the head and a chunk's logits)
 
 A frozen linear layer keeps nothing of its input. In a Llama block of width d, H and G numbers of queries and of keys,
 and an MLP of m, a token keeps 8 d bytes (two norms in float32) and s (2 H + 2 G + 3 m) at s bytes a number (queries,
 keys, values, attended; gate, its SiLU, up). Attention that forms no scores is linear in the tokens. The backward pass
 of a block holds gradients of half the size of what the block keeps, and, under checkpointing, computes all of that
-again before.
+again before. What flash attention and the norms need besides on a GPU, and what compiling saves, was measured (one
+H200, Llama-3.2-1B and Llama-3-8B shapes, scripts/bench/memory.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from reft_cli.data.batch import Batch, Layout, build_batch
 from reft_cli.data.examples import Example, Examples
+from reft_cli.models.blocks import hidden_size
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.parallel.collective import smallest
 from reft_cli.positions import PositionGroup
@@ -28,6 +30,9 @@ from reft_cli.tasks.cross_entropy import CHUNK
 from reft_cli.tasks.objectives import Task
 
 SLOPES = 0.5  # of what a block keeps: the gradients that its backward pass holds at once
+KERNELS = 58  # bytes a number of a hidden state: what a GPU's backward pass of a block needs besides
+HEAD = 20  # the same: hidden states before the logits, in two types
+COMPILED = 0.67  # of what is kept is kept by compiled blocks
 ROOM = 0.85  # of the free memory that a first guess fills; the allocator loses some
 ADAM = 4  # tensors for each trained one: itself, its gradient, two moments
 
@@ -40,13 +45,16 @@ class MemoryParts:
     trained: int
     kept_a_token: float
     backward_a_token: float
+    head_a_token: float
     logits_an_answer: float
     most_logits: float
 
     def working(self, tokens: int, answers: int) -> int:
         """What a pass needs besides weights and what is trained."""
         logits = min(self.logits_an_answer * answers, self.most_logits)
-        return round(self.kept_a_token * tokens + max(self.backward_a_token * tokens, logits))
+        return round(
+            self.kept_a_token * tokens + max(self.backward_a_token * tokens, self.head_a_token * tokens + logits)
+        )
 
     def peak(self, tokens: int, answers: int) -> int:
         """The most that is in use at once."""
@@ -55,18 +63,21 @@ class MemoryParts:
     def tokens_in(self, free: int) -> int:
         """Tokens of a pass that free memory holds, by a guess on the safe side; every tenth of them an answer."""
         left = ROOM * free - self.trained - self.most_logits
-        return max(int(left / (self.kept_a_token + self.backward_a_token)), 1)
+        return max(int(left / (self.kept_a_token + max(self.backward_a_token, self.head_a_token))), 1)
 
 
-def memory_parts(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> MemoryParts:
+def memory_parts(
+    model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool, compiled: bool = False
+) -> MemoryParts:
     """Counts a pass over a small batch, with the hooks off and the base where it is; no weight is changed."""
-    tokens = _tokens(batch)
-    kept = _kept(model, task, batch, packed=packed, checkpointing=False) / tokens
+    tokens, width = _tokens(batch), hidden_size(model.base_model)
+    kept = (COMPILED if compiled else 1) * _kept(model, task, batch, packed=packed, checkpointing=False) / tokens
     block = kept / max(model.block_count - len(model.frozen.modules), 1)  # of those that have a backward pass
     held = _kept(model, task, batch, packed=packed, checkpointing=True) / tokens if checkpointing else kept
     size = next(model.base_model.parameters()).element_size()
     vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
-    an_answer = vocabulary * (size + 2 * torch.float32.itemsize)  # logits, in float32, and their softmax
+    # Logits and their float32 copy, which becomes the softmax, and its logarithm's sum; compiled, they are one.
+    an_answer = vocabulary * (size + torch.float32.itemsize * (1 if compiled else 2))
     model.train()  # with what of the base is kept for training only
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _parts_of(model.base_model)}
     model.eval()
@@ -74,7 +85,8 @@ def memory_parts(model: IntervenedModel, task: Task, batch: Batch, *, packed: bo
         weights=sum(weights.values()),
         trained=ADAM * torch.float32.itemsize * model.trainable_count(),
         kept_a_token=held,
-        backward_a_token=(SLOPES + checkpointing) * block,
+        backward_a_token=(SLOPES + checkpointing) * block + (KERNELS * width if model.device.type == "cuda" else 0),
+        head_a_token=HEAD * width,
         logits_an_answer=an_answer,
         most_logits=min(CHUNK, vocabulary * 2**20) / max(vocabulary, 1) * an_answer,
     )
@@ -88,11 +100,12 @@ def memory_parts_of(
     groups: Sequence[PositionGroup],
     layout: Layout,
     checkpointing: bool,
+    compiled: bool,
 ) -> MemoryParts:
     """The same from the shortest of some examples."""
     shortest = Examples.of(examples).longest_first()[-1:]
     batch = build_batch(shortest, groups=groups, layout=layout, pad_token_id=0)
-    return memory_parts(model, task, batch, packed=layout == "packed", checkpointing=checkpointing)
+    return memory_parts(model, task, batch, packed=layout == "packed", checkpointing=checkpointing, compiled=compiled)
 
 
 def first_budget(limit: int, parts: MemoryParts, devices: Sequence[torch.device]) -> int:

@@ -272,6 +272,7 @@ class _Work:
                 groups=self.data.text.positions.groups(tied=self.spec.intervention.tied),
                 layout=self.execution.layout,
                 checkpointing=self.spec.train.gradient_checkpointing,
+                compiled=self.execution.compiled,
             )
             self.token_budget = first_budget(self.token_budget, parts, self.model.devices)
 

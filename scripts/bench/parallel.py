@@ -72,7 +72,7 @@ def measure(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(statistics.median(times), 5),
             "fastest": round(min(times), 5),
             "slowest": round(max(times), 5),
-            "tokens_a_second": round(tokens / sum(times)),
+            "tokens_a_second": round(tokens / args.steps / statistics.median(times)),
             "passes": len(batch.passes),
             "gradients_alone": round(statistics.median(alone), 6),
             "gradients_within": round(statistics.median(within), 6),

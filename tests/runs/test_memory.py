@@ -27,12 +27,14 @@ POSITIONS = Positions.parse("f7+l7")
 TASK = TASKS["causal_lm"]
 
 
-def llama(dtype: torch.dtype, *, width: int, mlp: int, blocks: int, device: str = "cpu") -> IntervenedModel:
-    """A random Llama with four heads for queries and two for keys, edited after every block."""
+def llama(
+    dtype: torch.dtype, *, width: int, mlp: int, blocks: int, device: str = "cpu", heads: int = 4, vocabulary: int = 300
+) -> IntervenedModel:
+    """A random Llama with half as many heads for keys as for queries, edited after every block."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=4,
-        num_key_value_heads=2,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=heads // 2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval().to(device)
     return build_intervened(
@@ -73,11 +75,13 @@ def test_checkpointing_keeps_little(tmp_path):
     plain, frugal = (parts_of(model, 200, "packed", checkpointing=each) for each in (False, True))
     assert frugal.kept_a_token < 0.25 * plain.kept_a_token
     assert frugal.backward_a_token == 3 * plain.backward_a_token  # gradients, and what is computed again
+    small = memory_parts(model, TASK, batch(200), packed=True, checkpointing=False, compiled=True)
+    assert small.kept_a_token == pytest.approx(0.67 * plain.kept_a_token)
     assert all(parameter.grad is None for parameter in model.bank.parameters())
 
 
 def test_the_parts_add_up():
-    parts = MemoryParts(1000, 16, 10.0, 2.0, 50.0, 120.0)
+    parts = MemoryParts(1000, 16, 10.0, 2.0, 0.0, 50.0, 120.0)
     assert parts.peak(100, 1) == 1000 + 16 + 1000 + 200  # a block is more than the logits
     assert parts.peak(10, 2) == 1000 + 16 + 100 + 100
     assert parts.peak(10, 9) == 1000 + 16 + 100 + 120  # no more logits at once than a chunk of them
@@ -122,6 +126,18 @@ def test_a_pass_takes_what_was_predicted(width: int, mlp: int, blocks: int, chec
     assert parts.working(8 * 64, len(given.targets)) == pytest.approx(live.peak, rel=0.15)
 
 
+def test_logits_take_what_was_predicted():
+    model = llama(torch.bfloat16, width=64, mlp=96, blocks=2, vocabulary=60_000)
+    parts = parts_of(model, 64, "packed")
+    given = build_batch(rows(8, 64), groups=POSITIONS.groups(tied=True), layout="packed", pad_token_id=0)
+    _ = model.linear_head
+    with model.train(), model.packing(True):
+        model.bank.refresh()
+        with Live({p.untyped_storage()._cdata for p in model.parameters()}) as live, model.editing(given.rows):
+            TASK.loss(model, given).backward()
+    assert parts.working(8 * 64, len(given.targets)) == pytest.approx(live.peak, rel=0.15)
+
+
 def test_a_float8_base_is_counted_with_its_turned_weights():
     model = llama(torch.bfloat16, width=64, mlp=160, blocks=6)
     wide = parts_of(model, 50, "packed")
@@ -138,10 +154,11 @@ def test_a_gpu_needs_what_was_predicted(width: int, mlp: int, blocks: int, check
     gc.collect()
     torch.cuda.empty_cache()
     others = torch.cuda.memory_allocated()  # what tests before this one have left
-    model = llama(torch.bfloat16, width=width, mlp=mlp, blocks=blocks, device="cuda")
+    model = llama(torch.bfloat16, width=width, mlp=mlp, blocks=blocks, device="cuda", heads=width // 64)
     found = estimate(
         model, TASK, examples=rows(32, 256), groups=POSITIONS.groups(tied=True), layout="packed", pad_token_id=0,
         steps=1, global_batch_size=32, micro_batch_size=None, token_budget=8192, checkpointing=checkpointing,
+        compiled=False,
     )  # fmt: skip
     assert found.measured_bytes is not None
     assert found.predicted_bytes == pytest.approx(found.measured_bytes - others, rel=0.15)
