@@ -12,6 +12,7 @@ what `--set` changes, on both sides. A run is scored once, after its last step, 
     reft      `reft train` on the suite
     pyreft    its model, interventions, locations and compute_loss, AdamW, transformers' linear schedule; its model is
               given token types and its interventions are told of train and eval, both of which its own loop forgets
+              (its squared error rounds labels to bfloat16, which torch 2.11 cannot differentiate; here float32)
 
 Each side has processes of its own, in its own environment. Runs that stand in RESULTS are not made again; a run that
 fails is a line there too, and is tried again by the next call. Without --model the table alone is written anew.
@@ -219,6 +220,8 @@ def peer_pass(reft: Any, rows: list[dict[str, Any]], plan: dict[str, Any], devic
 
     holder = SimpleNamespace(model=reft)
     loss, output = pyreft.ReftTrainerForSequenceClassification.compute_loss(holder, typed, inputs, return_outputs=True)
+    if not plan["classes"]:
+        loss = torch.nn.functional.mse_loss(output.logits.squeeze(-1), inputs["labels"])
     return loss, output.logits
 
 
