@@ -22,14 +22,22 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.parallel.collective import separately, share, size, spread, together, total
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import HEADS, predict
-from reft_cli.tasks.preferences import PairTask, pair_loss, pair_task_of, task_of
+from reft_cli.tasks.preferences import PairTask, Preference, pair_loss, pair_task_of, task_of
 
 Progress = Callable[[int, int], None]
+Tokens = tuple[int, ...]
+References = dict[tuple[Tokens, Tokens], list[float]]  # by the tokens of a pair: log-probabilities of its answers
 
 
 def tokens_of(example: Example) -> int:
     """What a row costs, by which rows are shared out over processes."""
     return len(example.input_ids)
+
+
+def content_of(pair: Example) -> tuple[Tokens, Tokens]:
+    """The tokens of both sequences of a pair."""
+    assert pair.rejected is not None, "a pair"
+    return tuple(pair.input_ids), tuple(pair.rejected.input_ids)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Evaluator:
     token_budget: int
     beta: float | None = None
     """Of a preference task."""
+    references: References | None = None
+    """Of a preference task: where to keep what the base gives each pair, if rows are scored more than once."""
     rule: Rule | None = None
     """How the answer is found in generated text; None: all of it is the answer."""
 
@@ -148,6 +158,7 @@ class Evaluator:
         def rewards_of(mine: list[Example]) -> list[list[float]]:
             rewards: dict[int, list[float]] = {}
             for chosen, batch in self._batches(model, mine):
+                batch = self._told(task, model, chosen, batch)
                 with model.editing(batch.rows if edited else None):
                     found = task.rewards(model, batch)  # [P, 2]
                 losses.append(float(pair_loss(found)))
@@ -160,6 +171,18 @@ class Evaluator:
         return Evaluation(
             {"loss": loss / task.units(examples)} | score_pairs(examples, pairs), pair_samples(examples, pairs)
         )
+
+    def _told(self, task: PairTask, model: IntervenedModel, chosen: Sequence[Example], batch: Batch) -> Batch:
+        """The batch of these pairs with their reference, where it is kept; read now if it is not known yet."""
+        if self.references is None or not isinstance(task, Preference):
+            return batch
+        keys = [content_of(example) for example in chosen]
+        if not all(key in self.references for key in keys):
+            with model.editing(None):
+                found = task.reference(model, batch)  # [P, 2]
+            self.references.update(zip(keys, found.tolist(), strict=True))
+        known = torch.tensor([self.references[key] for key in keys], device=model.device)
+        return replace(batch, reference=known)
 
     @torch.inference_mode()
     def _head(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> Evaluation:

@@ -14,7 +14,7 @@ from reft_cli import __version__
 from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, Manifest
 from reft_cli.data.fitting import check_fits
 from reft_cli.errors import CheckpointError, Problem, SpecError
-from reft_cli.evaluation.evaluate import Evaluator
+from reft_cli.evaluation.evaluate import Evaluator, References
 from reft_cli.evaluation.extraction import Rule, rule_of
 from reft_cli.evaluation.metrics import FROM_LOSS
 from reft_cli.generation.settings import Decoding
@@ -223,12 +223,20 @@ def _flag(name: str) -> str:
 
 
 def evaluator_of(
-    text: TextSide, *, metric: str, decoding: Decoding, batch_size: int | None, device: torch.device, tied: bool
+    text: TextSide,
+    *,
+    metric: str,
+    decoding: Decoding,
+    batch_size: int | None,
+    device: torch.device,
+    tied: bool,
+    references: References | None = None,
 ) -> Evaluator:
-    """How a split is scored."""
+    """How a split is scored; `references` are kept from one time to the next."""
     return Evaluator(
         kind=text.kind,
         beta=text.beta,
+        references=references,
         metric=metric,
         labels=list(text.labels) if text.labels else None,
         groups=text.positions.groups(tied=tied),

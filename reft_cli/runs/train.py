@@ -30,6 +30,7 @@ from reft_cli.errors import (
     SpecError,
     exit_code,
 )
+from reft_cli.evaluation.evaluate import References
 from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 from reft_cli.models.compiling import compile_seconds
 from reft_cli.models.intervened import IntervenedModel
@@ -160,6 +161,7 @@ class _Work:
         self.observer = observer
         self.execution = execution
         self.devices: list[str] = []
+        self.references: References = {}  # of validation pairs
         self.token_budget = token_budget(model.device)
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu", log_with=list(spec.log) or None, project_dir=str(run.path)
@@ -324,6 +326,7 @@ class _Work:
             batch_size=slots_of(generation),
             device=self.model.device,
             tied=self.spec.intervention.tied,
+            references=self.references,
         )
         return evaluator.run(self.model, examples, prompts=without_answers(examples)).metrics
 

@@ -117,6 +117,18 @@ def test_a_reference_that_is_kept_is_that_of_every_epoch_also_after_resuming(
     assert found[:3] == losses[:3] and found == pytest.approx(losses, rel=1e-4)
 
 
+def test_the_reference_of_validation_pairs_is_read_once(make_spec, pairs, tmp_path, monkeypatch, observer):
+    read = []
+    inner = Preference.reference
+    monkeypatch.setattr(Preference, "reference", lambda self, *batch: read.append(1) or inner(self, *batch))
+    given = sets(pairs, "task={kind: preference}", "train.epochs=3", "checkpoint.best=loss")
+    run = runs.train(make_spec(*given), output=tmp_path / "run", observer=observer).run
+    assert len(observer.evaluations) == 3 and len(read) == 3 + 1  # steps of the first epoch, and one validation batch
+    scored = runs.evaluate(run, checkpoint="last", split="validation", observer=NullObserver(), device="cpu")
+    assert scored.metrics == pytest.approx(observer.evaluations[-1].metrics, rel=1e-5)
+    assert len(read) == 5
+
+
 def without_references(step):
     def changed(self, batch):
         if self.references is not None:
