@@ -26,9 +26,9 @@ from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import PositionGroup
 
 SLOTS, BATCH = {"cuda": 128}, 32  # prompts decoded together if nobody says how many
-# Steps from which compiling wins back its time: on an H200 it takes 10 to 20 seconds the first time, a few with torch's
+# Steps from which compiling wins back its time: on an H200 it takes 20 to 40 seconds the first time, less with torch's
 # cache of compiled code, and saves a millisecond of each step of a model of 1B parameters.
-WORTH_COMPILING = 10_000
+WORTH_COMPILING = 30_000
 MEMORY_SHARE = 0.7  # of the device's free memory that the cache may take
 
 

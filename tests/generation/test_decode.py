@@ -151,8 +151,8 @@ MANY = replace(GREEDY, max_new_tokens=100)
 @pytest.mark.parametrize(
     ("decoding", "steps", "compiles"),
     [
-        (MANY, 10_000, True),
-        (MANY, 9_900, False),
+        (MANY, 30_000, True),
+        (MANY, 29_900, False),
         (replace(MANY, compile="off"), 10**6, False),
         (replace(MANY, compile="on"), 1, True),
     ],
