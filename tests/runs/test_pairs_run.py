@@ -3,13 +3,16 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from processes import run_as
 from reft_cli import runs
 from reft_cli.errors import DataError
+from reft_cli.spec.load import load_spec
 from reft_cli.tasks.preferences import Preference
 from reft_cli.training.loop import Trainer
 from reft_cli.training.observer import NullObserver
@@ -115,6 +118,27 @@ def test_a_reference_that_is_kept_is_that_of_every_epoch_also_after_resuming(
     assert len(read) == 9 and kept.step == anew.step == 9
     found = [step.loss for step in observer.steps]
     assert found[:3] == losses[:3] and found == pytest.approx(losses, rel=1e-4)
+
+
+def train_here(spec_file, given, run, resume):
+    """Train in this process, one of several."""
+    return runs.train(load_spec(spec_file, overrides=given), output=run, resume=resume, observer=NullObserver()).step
+
+
+def test_two_processes_keep_the_same_and_resume_in_an_epoch_to_the_bit(spec_file, pairs, tmp_path):
+    given = sets(pairs, "task={kind: preference}", "train.epochs=2", "data.validation=null")
+    given += ("checkpoint.every=2", "checkpoint.keep=9")
+    for resume in (None, "2"):
+        assert run_as(train_here, spec_file, given, tmp_path / "two", resume) == [6, 6]
+        if resume is None:
+            shutil.copytree(tmp_path / "two", tmp_path / "whole", symlinks=True)
+    half = load_file(tmp_path / "two/checkpoints/step_000002/training.safetensors")["references"]
+    assert int(half.isnan().any(1).sum()) == 8  # of 24 pairs, after two steps of three
+    for name in ("interventions.safetensors", "training.safetensors"):
+        assert (tmp_path / "two/last" / name).read_bytes() == (tmp_path / "whole/last" / name).read_bytes()
+    runs.train(load_spec(spec_file, overrides=given), output=tmp_path / "one", observer=NullObserver())
+    for name, tensor in tensors(tmp_path / "one").items():
+        torch.testing.assert_close(tensors(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_the_reference_of_validation_pairs_is_read_once(make_spec, pairs, tmp_path, monkeypatch, observer):
