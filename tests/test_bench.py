@@ -132,3 +132,55 @@ def test_glue_tells_of_a_worker_that_ends(glue: ModuleType, tmp_path: Path):
     found = worker.run(tmp_path / "no_such_plan.json")
     worker.close()
     assert "No such file" in found["error"] and found["stderr"]
+
+
+COMMON = {"device": "H200", "commit": {"commit": "a" * 40, "dirty": False}}
+
+
+def test_the_table_of_processes_has_ratios_and_failures():
+    parallel = imported(SCRIPT.with_name("parallel.py"))
+    row = {
+        "processes": 1,
+        "seconds": 0.06,
+        "tokens_a_second": 1000,
+        "gradients_alone": 0.001,
+        "gradients_within": 0.002,
+    }
+    row |= {"sharded": False, "peak_gib": 2.5, "loss": 9.3}
+    facts = COMMON | {"mix": "alpaca", "rows": 64, "positions": "f7+l7", "rank": 8, "layers": "all", "steps": 4}
+    shapes = {
+        "1b": [row, row | {"processes": 2, "tokens_a_second": 1900, "sharded": True}, {"processes": 4, "error": "a|b"}]
+    }
+    assert parallel.table(facts | {"warmup": 1, "shapes": shapes}).splitlines()[4:] == [
+        "| 1b | 1 | 0.0600 | 1,000 | 1.00 | 1.00, 2.00 | 2.5 | 9.3 |",
+        "| 1b, sharded | 2 | 0.0600 | 1,900 | 1.90 | 1.00, 2.00 | 2.5 | 9.3 |",
+        "| 1b | 4 | failed: a/b | | | | | |",
+    ]
+
+
+def test_cases_of_memory_are_read_and_shown():
+    memory = imported(SCRIPT.with_name("memory.py"))
+    assert memory.Case.of("3;9:f5+l5:4096:again") == memory.Case("3;9", "f5+l5", 4096, True)
+    case = {"layers": "all", "positions": "f7+l7", "pass_tokens": 4000, "checkpointing": True, "checked_gib": None}
+    case |= {"trained_predicted_gib": 2.0, "trained_gib": 2.1, "chosen_predicted_gib": 1.0, "chosen_gib": None}
+    form = {"form": "whole", "file_gib": 2.0, "load_peak_gib": 2.0, "base_gib": 2.0, "load_host_gib": 0.0}
+    facts = COMMON | {"shape": "1b", "rows": 32, "mix": "alpaca", "rank": 8}
+    forms = [form | {"load_seconds": 1.0, "cases": [case]}, {"form": "nf4", "error": "not there"}]
+    assert memory.table(facts | {"forms": forms}).splitlines()[4:] == [
+        "| whole | 2.00 | 2.00, 2.00, 0.00, 1.0 | all, f7+l7, 4,000, checkpointed | 2.00 "
+        "| – | 2.10 | – | 1.00 | – | – |",
+        "| nf4 | failed: not there | | | | | | | | | |",
+    ]
+
+
+def test_the_table_of_kills_says_whether_bits_are_the_same():
+    faults = imported(SCRIPT.with_name("faults.py"))
+    same = {"bitwise": True, "largest": 0.0, "of_what_moved": 0.0, "loss": 0.0}
+    far = {"bitwise": False, "largest": 1e-4, "of_what_moved": 1e-3, "loss": 0.01}
+    mode = {"mode": "plain", "again": same, "resumed": far, "faults": [{"signal": "SIGKILL", "reached": 7}]}
+    found = COMMON | {"spec": "s.yaml", "steps": 9, "modes": [mode, {"mode": "deterministic", "error": "exit code 5"}]}
+    assert faults.table(found).splitlines()[4:] == [
+        "| plain | made again | yes | 0.0e+00 | 0.0e+00 | 0.0e+00 |",
+        "| plain | killed and resumed: SIGKILL at 7 | no | 1.0e-04 | 1.0e-03 | 1.0e-02 |",
+        "| deterministic | failed: exit code 5 | | | | |",
+    ]

@@ -219,9 +219,9 @@ def table(found: dict[str, Any]) -> str:
             lines.append(
                 f"| {each['form']} | {each['file_gib']:.2f} | {loading} | {case['layers']}, {case['positions']}, "
                 f"{case['pass_tokens']:,}{again} | {shown(case['trained_predicted_gib'])} "
-                f"| {shown(case['checked_gib'])} | {shown(case['trained_gib'])} | {shown(case.get('trained_seconds'), 4)} "
-                f"| {shown(case['chosen_predicted_gib'])} | {shown(case['chosen_gib'])} "
-                f"| {shown(case.get('chosen_seconds'), 4)} |"
+                f"| {shown(case['checked_gib'])} | {shown(case['trained_gib'])} "
+                f"| {shown(case.get('trained_seconds'), 4)} | {shown(case['chosen_predicted_gib'])} "
+                f"| {shown(case['chosen_gib'])} | {shown(case.get('chosen_seconds'), 4)} |"
             )
     return "\n".join(lines) + "\n"
 
