@@ -189,7 +189,7 @@ def run(config: Config, *, data: str, model: str, layout: str = "auto") -> dict[
             side = SIDES.get(config.method)
             found = side(loaded, config.rank or 0) if side else trained(loaded, Path(folder) / "run")
         except Interrupted:
-            raise
+            sys.exit(143)  # a worker of the pool would take any Exception for a result and wait for more
         except ReftError as error:
             found = {"error": str(error)}
     return asdict(config) | found | {"seconds": round(time.perf_counter() - started, 1)}
