@@ -24,6 +24,7 @@ from reft_cli.models.slots import SlotCache, packed_logits
 from reft_cli.models.stacked import Live, Stack
 
 LONGEST = 1024  # tokens; longer ones keep a GPU busy by themselves
+Kind = tuple[int, int, bool]  # rounded tokens, rounded edited rows, and whether a checkpoint is in the weights
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class PromptGraphs:
         self.state, self.chooser, self.limit = state, chooser, limit
         self.why_not: str | None = None
         self._longest = min(LONGEST, cache.room, longest_sequence(model) or LONGEST)
-        self._met: set[tuple[int, int, bool]] = set()
-        self._passes: dict[tuple[int, int, bool], Pass] = {}
+        self._met: set[Kind] = set()
+        self._passes: dict[Kind, Pass] = {}
         self._inputs: dict[int, dict[str, Tensor | int]] = {}  # what else a pass reads, by its width
 
     def read(
@@ -82,13 +83,26 @@ class PromptGraphs:
         for each, more in zip(edited, filled, strict=True):
             numbers += each + more
         given = torch.tensor(numbers)
-        if key not in self._passes and not self._capture(key, given):
-            return False
+        return self._replay(key, given) if key in self._passes else self._first(key, given, slot)
+
+    def _replay(self, key: Kind, given: Tensor) -> bool:
         self._passes[key].numbers.copy_(given)
         self._passes[key].graph.replay()
         return True
 
-    def _capture(self, key: tuple[int, int, bool], given: Tensor) -> bool:
+    def _first(self, key: Kind, given: Tensor, slot: int) -> bool:
+        """Capture a pass, and see that what it leaves in the slot is what the pass leaves that is not captured."""
+        if not self._capture(key, given):
+            return False
+        plain = [tensor[slot].clone() for tensor in self.state.tensors()]
+        self._replay(key, given)
+        if all(torch.equal(each, tensor[slot]) for each, tensor in zip(plain, self.state.tensors(), strict=True)):
+            return True
+        self._passes.clear()
+        self.why_not = "a captured pass left something else"
+        return False
+
+    def _capture(self, key: Kind, given: Tensor) -> bool:
         """Capture a pass; it runs once before, as libraries want it. A model whose pass cannot be is read plainly."""
         width = key[0]
         numbers = given.to(self.model.device)
@@ -112,7 +126,7 @@ class PromptGraphs:
         self._passes[key] = Pass(graph, numbers)
         return True
 
-    def _pass(self, key: tuple[int, int, bool], numbers: Tensor) -> None:
+    def _pass(self, key: Kind, numbers: Tensor) -> None:
         """What is captured: nothing in it depends on the values of tensors."""
         width, rows, _ = key
         ids, (held, slot, stream, owner) = numbers[:width], numbers[width : width + 4].split(1)

@@ -293,8 +293,7 @@ def run_side(name: str, args: argparse.Namespace, gpu: str) -> list[dict[str, An
     if error:
         results.append({"side": name, "error": error.strip().splitlines()[-1]})
         print(error[-2000:], file=sys.stderr)
-    took = time.perf_counter() - started
-    print(f"{name}: {len(results)} results in {took:.0f} s {json.dumps(results[-1:])}", file=sys.stderr, flush=True)
+    print(f"{name}: {time.perf_counter() - started:.0f} s {json.dumps(results)}", file=sys.stderr, flush=True)
     return results
 
 

@@ -288,8 +288,9 @@ def played_back(monkeypatch: pytest.MonkeyPatch) -> list[PromptGraphs]:
         return made[-1]
 
     def capture(self: PromptGraphs, key: tuple[int, int, bool], given: Tensor) -> bool:
-        numbers = torch.full_like(given, 7)  # what is captured may not depend on what stands there
         self._inputs.setdefault(key[0], packing_inputs([key[0]]))
+        self._pass(key, given)
+        numbers = torch.full_like(given, 7)  # what is captured may not depend on what stands there
         graph = SimpleNamespace(replay=lambda: self._pass(key, numbers))
         self._passes[key] = Pass(graph, numbers)  # type: ignore[arg-type]
         return True
@@ -315,6 +316,24 @@ def test_prompts_read_alone_are_drawn_and_penalised_alike(played_back: list[Prom
     alone = tokens(model, asked, "f3+l3", settings, size=1)
     assert len(played_back[0]._passes) == 1
     assert alone == tokens(model, asked, "f3+l3", settings, size=4)
+
+
+def test_a_captured_pass_that_leaves_something_else_is_not_used(
+    played_back: list[PromptGraphs], monkeypatch: pytest.MonkeyPatch
+):
+    def replay(self: PromptGraphs, key: tuple[int, int, bool], given: Tensor) -> bool:
+        wrong = given.clone()
+        wrong[0] += 1
+        self._pass(key, wrong)
+        return True
+
+    monkeypatch.setattr(PromptGraphs, "_replay", replay)
+    model, asked = intervened(), [prompt(9, seed=seed) for seed in range(6)]
+    settings = replace(GREEDY, repetition_penalty=1.01)  # so that the slot's state has the prompt's tokens
+    found = tokens(model, asked, "f3+l3", settings, size=1)
+    monkeypatch.setattr(SlotDecoder, "_new_prompts", lambda self: None)
+    assert found == tokens(model, asked, "f3+l3", settings, size=1)
+    assert played_back[0].why_not == "a captured pass left something else" and not played_back[0]._passes
 
 
 @pytest.mark.parametrize(("name", "value"), [("LONGEST", 100), ("longest_sequence", lambda model: 120)])

@@ -88,7 +88,7 @@ def test_captured_steps_equal_plain_ones(dtype: torch.dtype, decoding: Decoding,
 @pytest.mark.parametrize("positions", ["f3+l3", "all"])
 def test_prompts_read_by_captured_passes_equal_those_read_plainly(positions: str, monkeypatch: pytest.MonkeyPatch):
     """In half precision products of other sizes round otherwise, so that a few answers may part."""
-    model = intervened(positions, base=on_gpu(dtype=torch.bfloat16)).to("cuda")
+    model = intervened(positions, base=on_gpu(dtype=torch.float16)).to("cuda")
     requests, way, plain = requests_of(ASKED, member=1), serving(model, positions), serving(model, positions)
     found = from_slots(way, requests, GREEDY, size=1)
     assert way._slots is not None and way._slots._prompts is not None
