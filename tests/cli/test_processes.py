@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from exit_code_table import REFUSED
@@ -70,6 +71,41 @@ def test_what_works_is_said_once(here: Path):
     assert json.loads(scored[0][1])["rows"] == 8
     assert diverged[0][2].splitlines()[-1].startswith("loss ")
     assert "going on from step 4 of 4" in resumed[0][2]
+
+
+FAULTS = [  # what happens in both processes, the code, and what the first one says
+    (
+        "training.loop.Trainer._report_step",
+        ZeroDivisionError("planted"),
+        1,
+        "internal error: ZeroDivisionError: planted",
+    ),
+    ("tasks.objectives.CausalLM.loss", torch.OutOfMemoryError("CUDA out of memory. Tried"), 5, "Try, in order"),
+    ("runfolder.RunFolder.append_metrics", OSError(28, "No space left on device"), 1, "no space left on device"),
+]
+
+
+def program_with_faults(rows: list[list[str]], ports: list[int], folder: Path) -> list[tuple[int, str, str]]:
+    """Command lines in this process, to each of which one of FAULTS happens."""
+    found = []
+    for (target, error, *_), words, port in zip(FAULTS, rows, ports, strict=True):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"reft_cli.{target}", fail)
+            found += program([words], [port], folder)
+    return found
+
+
+def test_what_can_happen_to_anybody_has_the_code_of_one_process(here: Path):
+    rows = [["train", "s.yaml", "--name", f"t{number}", "-q"] for number in range(len(FAULTS))]
+    ports = [free_port() for _ in rows]
+    first, second = run_as(program_with_faults, rows, ports, here, MASTER_ADDR="127.0.0.1")
+    for (_, _, code, said), one, other in zip(FAULTS, first, second, strict=True):
+        assert (one[0], other[0], one[1]) == (code, code, "") and said in one[2] and "Traceback" not in one[2]
+    assert [RunFolder(f"runs/t{number}").read()["exit_code"] for number in range(len(FAULTS))] == [1, 5, 1]
 
 
 # ---- `reft train --processes 2`, as a user starts it
