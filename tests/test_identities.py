@@ -381,7 +381,7 @@ def gradients(rows: list[int], *, answer_rows: list[int]) -> dict[str, Tensor]:
 def test_in_the_last_layer_only_the_last_prompt_token_counts():
     """Six tokens of prompt, three of answer: of edits at 0, 1, 4 and 5 in the last layer, the loss sees that at 5."""
     together, alone = gradients([0, 1, 4, 5], answer_rows=[5, 6, 7]), gradients([5], answer_rows=[5, 6, 7])
-    torch.testing.assert_close(together, alone, **BITWISE)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)  # products of four rows and of one sum otherwise
     assert all(not each.any() for each in gradients([0, 1, 4], answer_rows=[5, 6, 7]).values())
 
 
