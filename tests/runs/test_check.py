@@ -29,7 +29,8 @@ def test_report_says_what_training_would_do(make_spec: MakeSpec, tmp_path: Path)
     assert (model.trainable_parameters, model.sites, model.layers) == (3 * (2 * 32 * 2 + 2), 3, [0, 1, 2])
     assert model.arithmetic == "3 sites × 130 (width 32, rank 2)"
     assert model.estimate.seconds is not None and model.estimate.seconds > 0
-    assert model.estimate.weights_bytes == 4 * model.base_parameters
+    buffers = model.estimate.weights_bytes - 4 * model.base_parameters
+    assert 0 < buffers < 100  # the rotary embedding's frequencies
     assert json.loads(json.dumps(report.to_dict()))["steps"] == 6
     assert set(tmp_path.rglob("*")) == before
 
