@@ -47,11 +47,10 @@ model: {{name: "{model}", dtype: float32}}
 task: glue/{task}
 intervention: {{method: loreft}}
 data:
-  folder: "{data}"
   columns: {columns}
-  train: {{local: glue/{task}, split: train, limit: {rows}}}
-  validation: {{local: glue/{task}, split: validation}}
-  test: {{local: glue/{task}, split: validation}}
+  train: {{path: "{data}/glue/{task}.train.jsonl", limit: {rows}}}
+  validation: "{data}/glue/{task}.validation.jsonl"
+  test: "{data}/glue/{task}.validation.jsonl"
 train: {{epochs: {epochs}, seed: {seed}}}
 evaluation: {{every: never}}
 """
@@ -129,6 +128,7 @@ def side_reft(plan: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = runs.train(loaded, output=Path(folder) / "run", observer=NullObserver())
         report = runs.evaluate(done.run, checkpoint="last", observer=NullObserver())
+    assert report.rows == len(plan["validation"]), "both sides are scored on the same rows"
     return {"score": report.metrics[plan["metric"]], "loss": done.metrics["loss"], "steps": done.step}
 
 
