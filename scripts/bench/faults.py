@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import keep
 from safetensors.torch import load_file
 
 MODES = {"plain": [], "deterministic": ["train.deterministic=true"]}
@@ -182,10 +183,7 @@ def main() -> None:
             "commit": git_state(root),
             "modes": list(modes),
         }
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
-    if args.markdown:
-        args.markdown.write_text(table(found))
+    keep(found, table(found), output=args.output, markdown=args.markdown)
     print(table(found), end="")
 
 

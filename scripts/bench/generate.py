@@ -33,6 +33,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from results import keep
 from train_sides import SHAPES, Plan, random_llama
 
 FIRST, LAST, RANK = 7, 7, 8
@@ -254,8 +255,8 @@ def measure_mixed(args: argparse.Namespace, device: str, vocabulary: int) -> Ite
         yield {"work": f"mixed: {name}", "rate": found}
 
 
-def run_sides(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side in a process of its own, as many at a time as there are GPUs for."""
+def run_sides(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every side, each in a process of its own, as many at a time as there are GPUs for."""
     names = [*args.sides, *(["mixed"] if args.mixed else [])]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     free = SimpleQueue[str]()
@@ -270,7 +271,7 @@ def run_sides(args: argparse.Namespace) -> list[dict[str, Any]]:
             free.put(gpu)
 
     with ThreadPoolExecutor(args.gpus) as pool:
-        return [row for rows in pool.map(run, names) for row in rows]
+        yield from pool.map(run, names)
 
 
 def run_side(name: str, args: argparse.Namespace, gpu: str) -> list[dict[str, Any]]:
@@ -331,11 +332,12 @@ def main() -> None:
         for row in measure(args):
             print(json.dumps(row), flush=True)
         return
-    results = run_sides(args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    if args.output:
+    results: list[dict[str, Any]] = []
+    for rows in run_sides(args):
+        results += rows
         facts = {"shape": args.shape, "device": device, "gpus": args.gpus, "results": results}
-        args.output.write_text(json.dumps(facts, indent=2) + "\n")
+        keep(facts, table(results), output=args.output)
     several = f", {args.gpus} sides at a time, each on a GPU of its own" if args.gpus > 1 else ""
     print(f"{args.shape} on {device}{several}\n{table(results)}")
 

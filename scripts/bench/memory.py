@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import keep
 from train_sides import MIXES, SHAPES, Plan, random_llama
 
 FORMS = {"whole": None, "float8": "float8", "nf4": "nf4", "int8": "int8"}
@@ -260,10 +261,7 @@ def main() -> None:
         for form in args.forms:
             found["forms"].append(run(form, args))
             print(json.dumps(found["forms"][-1]), file=sys.stderr, flush=True)
-            if args.output:
-                args.output.write_text(json.dumps(found, indent=2) + "\n")
-            if args.markdown:
-                args.markdown.write_text(table(found))
+            keep(found, table(found), output=args.output, markdown=args.markdown)
     print(table(found), end="")
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import keep
 from train_sides import MIXES, SHAPES, Plan, llama_config, random_llama
 
 ASKED = ("shape", "mix", "positions", "layers", "rank", "budget", "rows", "steps", "warmup")
@@ -286,10 +287,7 @@ def main() -> None:
         for processes in args.processes:
             results["shapes"][shape].append(run(shape, processes, args))
             print(json.dumps({"shape": shape} | results["shapes"][shape][-1]), file=sys.stderr, flush=True)
-            if args.output:
-                args.output.write_text(json.dumps(results, indent=2) + "\n")
-            if args.markdown:
-                args.markdown.write_text(table(results))
+            keep(results, table(results), output=args.output, markdown=args.markdown)
     print(table(results), end="")
 
 

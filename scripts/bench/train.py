@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import keep
 from train_sides import BATCHES, MIXES, ROWS, SHAPES, SIDES, Plan, draw
 
 PEERS = {"pyreft": "peer", "adapters": "adapters", "lora": "lora"}  # sides that may have an environment: their flags
@@ -186,6 +187,7 @@ def run_sides(args: argparse.Namespace) -> dict[str, Any]:
     for side in args.sides:
         found["sides"].append(run_side(side, args))
         print(json.dumps(found["sides"][-1] | {"versions": None}), file=sys.stderr, flush=True)
+        keep(found, table(found), output=args.output, markdown=args.markdown)
     return found
 
 
@@ -254,13 +256,7 @@ def main() -> None:
         found = measure(plan_of(args), args.side, steps=args.steps, warmup=args.warmup, traces=args.profile)
         print(json.dumps(found), flush=True)
         os._exit(0)  # contexts that the process held to its end are not to be left half torn down
-    found = run_sides(args)
-    text = table(found)
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
-    if args.markdown:
-        args.markdown.write_text(text)
-    print(text, end="")
+    print(table(run_sides(args)), end="")
 
 
 if __name__ == "__main__":
