@@ -33,7 +33,7 @@ def spreading(device: torch.device, max_memory: Mapping[str, str] | None) -> dic
     if max_memory is not None:
         limits = {int(name) if name.isdecimal() else name: size_of(text) for name, text in max_memory.items()}
     elif device.type == "cpu":
-        import psutil  # as Accelerate does
+        import psutil  # what Accelerate asks too
 
         limits = {"cpu": int(SHARE * psutil.virtual_memory().available)}
     return {"device_map": "auto", "max_memory": limits}
