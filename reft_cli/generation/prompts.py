@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.state import State
+from reft_cli.models.capturing import NotCaptured, capture, run_aside
 from reft_cli.models.context import longest_sequence
 from reft_cli.models.packing import packing_inputs
 from reft_cli.models.slots import SlotCache, packed_logits
@@ -107,21 +108,16 @@ class PromptGraphs:
         width = key[0]
         numbers = given.to(self.model.device)
         self._inputs.setdefault(width, packing_inputs([width], self.model.device))
-        stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._passes.values())).graph.pool() if self._passes else None
+
+        def run() -> None:
+            self._pass(key, numbers)
+
+        run_aside(run)
         try:
-            side.wait_stream(stream)
-            with torch.cuda.stream(side):
-                self._pass(key, numbers)
-            stream.wait_stream(side)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._pass(key, numbers)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # say, a value that its router reads on the host
-            torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
-            self.why_not = str(error).splitlines()[0]
+            graph = capture(run, pool=pool)
+        except NotCaptured as reason:
+            self.why_not = str(reason)
             return False
         self._passes[key] = Pass(graph, numbers)
         return True

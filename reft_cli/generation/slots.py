@@ -29,6 +29,7 @@ from reft_cli.generation.settings import Decoding, Endings, Request
 from reft_cli.generation.state import State
 from reft_cli.models.attention import FLASH_TYPES, attending
 from reft_cli.models.blocks import find_blocks
+from reft_cli.models.capturing import NotCaptured, capture, run_aside
 from reft_cli.models.compiling import CompiledParts, compilable_parts
 from reft_cli.models.side_by_side import SideBySide, same_once
 from reft_cli.models.slots import SLOTS, SlotCache, prefill, step
@@ -226,14 +227,10 @@ class SlotDecoder:
     def _replay(self, key: tuple[int, bool, bool]) -> None:
         """A captured step. A model whose step cannot be captured is stepped plainly from then on."""
         if key not in self._graphs:
-            stream = torch.cuda.current_stream()
             try:
                 self._graphs[key] = self._capture()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # say, a value that its router reads on the host
-                torch.cuda.set_stream(stream)  # a failed capture leaves its own behind
-                self._captures, self.why_not_captured = False, str(error).splitlines()[0]
+            except NotCaptured as reason:
+                self._captures, self.why_not_captured = False, str(reason)
                 with self._running(STEPS):
                     self._advance()
                 return
@@ -252,18 +249,12 @@ class SlotDecoder:
         What it wrote into the cache may stay: the same token is written there again.
         """
         kept = [tensor.clone() for tensor in (*self.state.tensors(), self.cache.lengths)]
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         with self._running(STEPS):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._advance()
-            torch.cuda.current_stream().wait_stream(side)
+            run_aside(self._advance)
             for tensor, before in zip((*self.state.tensors(), self.cache.lengths), kept, strict=True):
                 tensor.copy_(before)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._advance()
-        return graph
+            return capture(self._advance, pool=pool)
 
     # ---- compiling
 

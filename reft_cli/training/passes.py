@@ -7,6 +7,7 @@ up to sizes of which there are few; it reads and writes the same memory every ti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from reft_cli.data.batch import Batch
 from reft_cli.data.capacity import fill
+from reft_cli.models.capturing import NotCaptured, capture
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.tasks.objectives import Task
 
@@ -102,15 +104,11 @@ class RecordedPasses:
         if size not in self._seen or len(self._recordings) >= MOST_RECORDINGS:
             self._seen.add(size)
             return self._first(batch, units)
-        now = torch.cuda.current_stream()
         try:
             self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            torch.cuda.set_stream(now)  # a recording that fails leaves its own behind
+        except NotCaptured as reason:
             self.refused = True
-            self.tell(f"this model cannot be recorded: {str(error).splitlines()[0]}")
+            self.tell(f"this model cannot be recorded: {reason}")
             return self._plain(batch, units)
         return self._recordings[size].replay(batch, units)
 
@@ -141,15 +139,13 @@ class _Recording:
     ) -> None:
         self.batch = batch.to(model.device)
         self.share = torch.ones((), device=model.device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.loss = self.share
+        pass_once = functools.partial(self._pass, model, task)
+        self.graph = capture(pass_once, pool=pool.id, stream=stream)
+
+    def _pass(self, model: IntervenedModel, task: Task) -> None:
         leaves = model.bank.leaves()
-        recording = torch.cuda.graph(
-            self.graph,
-            pool=pool.id,  # type: ignore[arg-type]
-            stream=stream,
-            capture_error_mode="thread_local",  # the loader's thread pins memory meanwhile
-        )
-        with recording, _one_thread(), model.editing(self.batch.rows), model.above(self.batch.frozen):
+        with _one_thread(), model.editing(self.batch.rows), model.above(self.batch.frozen):
             self.loss = task.loss(model, self.batch) * self.share
             slopes = torch.autograd.grad(self.loss, leaves, allow_unused=True)
             for leaf, slope in zip(leaves, slopes, strict=True):

@@ -233,4 +233,6 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_comes():
                 torch.testing.assert_close(
                     found(model, recorded, batch), found(model, plain, batch), rtol=2e-2, atol=2e-3
                 )
-    assert recorded.refused and len(said) == 1 and said[0].startswith("CUDA graphs are off")
+    assert recorded.refused and len(said) == 1
+    assert said[0].startswith("this model cannot be recorded: CUDA error")
+    assert "previous error" not in said[0], "the first one says what it was"
