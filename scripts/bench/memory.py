@@ -5,9 +5,9 @@
               [--cases all:f7+l7:4096 '3;9;18;24:f5+l5:16384:again'] [--mix commonsense|alpaca] [--rows 32] [--rank 8]
               [--steps 6] [--timeout SECONDS] [--output RESULTS.json] [--markdown TABLE.md]
 
-Random weights of the shape are written once as a model folder, or taken from FOLDER if it is there; every form is
-loaded from it in a process of its own, as `reft train` does. `loading` is the device's peak and what is left of it, and
-the process's own memory at its highest: anonymous pages, so without what of the file lies in the page cache.
+Random weights of the shape are written once as a model folder, or taken from FOLDER if it is there; for every case the
+form is loaded from it in a process of its own, as `reft train` does. `loading` is the device's peak and what is left
+of it, and the process's own memory at its highest: anonymous pages, so without what of the file lies in the page cache.
 
 A case is layers:positions:tokens of a pass, with `:again` for gradient checkpointing. Predicted is what `reft check
 --memory` adds up from one short row, checked the peak of its trial pass, trained the peak of the loop's own steps run
@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, form: str) -> dict[str, Any]:
         "base_gib": torch.cuda.memory_allocated() / GIB if device == "cuda" else None,
         "cases": [],
     }
-    for text in args.cases:
+    for text in args.cases:  # one, when this is a process of its own
         case = Case.of(text)
         plan = Plan(args.shape, args.mix, device, case.positions, case.layers, args.rank, case.tokens)
         found["cases"].append(asdict(case) | trained(base.model, plan, case, args))
@@ -129,8 +129,9 @@ def trained(model: Any, plan: Plan, case: Case, args: argparse.Namespace) -> dic
         measured = None if expected.measured_bytes is None else expected.measured_bytes / GIB
         found |= {"pass_tokens": expected.pass_tokens, f"{name}_predicted_gib": expected.predicted_bytes / GIB}
         found |= {} if compiled else {"checked_gib": measured}
+        tried = replace(plan, budget=expected.pass_tokens)  # what a run takes after it tried that pass
         try:
-            found |= {f"{name}_{key}": value for key, value in steps(model, plan, case, args, compiled).items()}
+            found |= {f"{name}_{key}": value for key, value in steps(model, tried, case, args, compiled).items()}
         except RuntimeError as error:
             found |= {f"{name}_gib": None, f"{name}_error": str(error).splitlines()[0]}
     return found
@@ -176,19 +177,31 @@ def written(shape: str, folder: Path) -> None:
 
 
 def run(form: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A form in a process of its own; {error} if it fails."""
-    command = [sys.executable, __file__, "--form", form, "--folder", str(args.folder), "--cases", *args.cases]
+    """A form, with the loading of its first case and the cases of all; {error} if one fails."""
+    found: dict[str, Any] = {}
+    for case in args.cases:
+        one = run_case(form, case, args)
+        if "error" in one:
+            return one
+        found = found or one | {"cases": []}
+        found["cases"] += one["cases"]
+    return found
+
+
+def run_case(form: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A form and a case in a process of their own; {error} if it fails."""
+    command = [sys.executable, __file__, "--form", form, "--folder", str(args.folder), "--cases", case]
     for name in ASKED:
         command += [f"--{name}", str(getattr(args, name))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.timeout)
     except subprocess.TimeoutExpired:
-        return {"form": form, "error": f"more than {args.timeout:.0f} s"}
+        return {"form": form, "error": f"{case}: more than {args.timeout:.0f} s"}
     if done.returncode == 0:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found
     said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return {"form": form, "error": (said or [f"exit code {done.returncode}"])[-1], "stderr": said[-30:]}
+    return {"form": form, "error": f"{case}: {(said or [done.returncode])[-1]}", "stderr": said[-30:]}
 
 
 def shown(number: float | None, digits: int = 2) -> str:
@@ -238,7 +251,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of a global batch")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6, help="of each kind; the second half is measured")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one form")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one case")
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # measure it in this process
     parser.add_argument("--output", type=Path)
     parser.add_argument("--markdown", type=Path)
