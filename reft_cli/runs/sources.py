@@ -75,6 +75,7 @@ def _source(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
     if path is None:
         train = data.train
         path = train.path if isinstance(train, SourceSpec) else train if isinstance(train, str) else None
+        _check_other_rows(data, given, split)
     if path is None:
         raise SpecError(f"data.{split}.path: missing, and data.train has none either")
     named = names_a_split(path)
@@ -88,6 +89,20 @@ def _source(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
         revision=given.revision if remote else None,
         limit=limit,
     )
+
+
+def _check_other_rows(data: DataSpec, given: SourceSpec, split: str) -> None:
+    """SpecError: a source without a path of its own would have the rows that `data.train` has, or some of them."""
+    train = SourceSpec(path=data.train) if isinstance(data.train, str) else data.train
+    if not isinstance(train, SourceSpec) or split == "train":
+        return
+    one_split = train.path is not None and names_a_split(train.path)  # then only slices tell its parts apart
+    ours, theirs = given.split or split, train.split or "train"
+    where = (given.subset, given.share, given.rest), (train.subset, train.share, train.rest)
+    same = _slice(ours) == _slice(theirs) if one_split else ours == theirs
+    if same and where[0] == where[1]:
+        message = "has no path of its own, so these are rows of data.train; give a path, or another split or slice"
+        raise SpecError(Problem(message, key=f"data.{split}"))
 
 
 def _local(folder: str, name: str, split: str) -> str:

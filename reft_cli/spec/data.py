@@ -43,9 +43,9 @@ class SourceSpec(Section):
 
     path: str | None = None
     """File (.jsonl, .json, .csv, .parquet), folder, https address of such a file, `bundled:NAME/SPLIT` or hub id; left
-    out: that of `data.train`."""
+    out: that of `data.train`, of which this has to be another split or slice."""
     local: str | None = Field(default=None, min_length=1)
-    """Name of the data set's folder or file in `data.folder`, which then takes the place of `path`."""
+    """Name of the data set's folder or file in `data.folder`, if that is given; it then takes the place of `path`."""
     split: str | None = None
     """Split of a folder or hub data set; slices such as train[:1000] work."""
     subset: str | None = None
@@ -127,18 +127,22 @@ class DataSpec(Section):
     def _paths(self) -> DataSpec:
         lone = self.train if isinstance(self.train, SourceSpec) else None
         if lone is not None and lone.path is None and lone.local is None:
-            raise Conflict("missing; it says where the training rows are", "train.path")
+            raise Conflict("missing; it says where the training rows are", "train.path", "train.local")
         for split in SPLITS:
             given = getattr(self, split)
             for index, source in enumerate(given if isinstance(given, list) else ()):
                 if source.path is None and source.local is None:
-                    raise Conflict("missing; each source of a list says where its rows are", f"{split}.{index}.path")
+                    here = f"{split}.{index}"
+                    raise Conflict(
+                        "missing; each source of a list says where its rows are", f"{here}.path", f"{here}.local"
+                    )
         if self.train is None:
             if isinstance(self.validation, float):
                 raise Conflict("a fraction of the training rows, and data.train is not given", "validation", "train")
             for key, each in (("validation", self.validation), ("test", self.test)):
                 if isinstance(each, SourceSpec) and each.path is None and each.local is None:
-                    raise Conflict("missing, and there is no data.train to fall back on", f"{key}.path", "train")
+                    message = "missing, and there is no data.train to fall back on"
+                    raise Conflict(message, f"{key}.path", f"{key}.local", "train")
         return self
 
     @model_validator(mode="after")

@@ -7,17 +7,16 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from reft_cli.errors import Problem
-from reft_cli.spec.data import SPLITS
-from reft_cli.spec.layering import merge, written_out
+from reft_cli.spec.layering import SOURCES, merge, written_out
 from reft_cli.spec.quoting import listed, printable
 from reft_cli.spec.schema import Method
 from reft_cli.spec.yaml_tree import Node, Origin
 from reft_cli.suites import SUITES, Default, Preset, Suite, preset
 
-# A mapping with this key is no part of the suite's mapping, but one of its own.
-WHOLE: dict[tuple[str, ...], str] = {
-    ("data", "template"): "completion",
-    **{("data", split): "path" for split in SPLITS},
+# A mapping with one of these keys is no part of the suite's mapping, but one of its own.
+WHOLE: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("data", "template"): ("completion",),
+    **dict.fromkeys(SOURCES, ("path", "local")),
 }
 
 
@@ -41,7 +40,8 @@ def over_suite(root: Node, *, problems: list[Problem]) -> tuple[Node, Preset | N
         problems.append(_no_recipe(root, suite, method))
         chosen = preset(suite, method=method)
         assert chosen is not None, "every suite has something for every method"
-    return merge(_less_replaced(_tree(chosen), root), root), chosen
+    base = _less_replaced(_tree(chosen), root)
+    return merge(base, _in_each_source(base, root)), chosen
 
 
 def _no_recipe(root: Node, suite: Suite, method: str) -> Problem:
@@ -80,15 +80,36 @@ def _node(value: Any, here: Origin) -> Node:  # noqa: ANN401  a plain value
 
 def _less_replaced(base: Node, root: Node) -> Node:
     """The suite's tree without the mappings that the user's take the place of."""
-    for path, key in WHOLE.items():
-        user = root
-        for part in path:
-            user = user.child(part) or Node(None, user.at, user.at)
-        if isinstance(user.value, dict) and key in user.value:
+    for path, keys in WHOLE.items():
+        user = _at(root, path)
+        if user is not None and isinstance(user.value, dict) and any(key in user.value for key in keys):
             base = _changed(base, path, lambda node: Node({}, node.at, node.start))
     if _value(root, "data", "format") is not None:  # columns have the names of a format
         base = _changed(base, ("data", "columns"), lambda node: Node({}, node.at, node.start))
     return base
+
+
+def _in_each_source(base: Node, root: Node) -> Node:
+    """The user's tree with keys of a source written into each of the suite's sources, where those are several."""
+    for path in SOURCES:
+        several = _at(base, path)
+        if several is not None and isinstance(several.value, list):
+            items = several.value
+
+            def spread(user: Node, items: list[Node] = items) -> Node:
+                value = [merge(item, user) for item in items] if isinstance(user.value, dict) else user.value
+                return replace(user, value=value)
+
+            root = _changed(root, path, spread)
+    return root
+
+
+def _at(root: Node, path: tuple[str, ...]) -> Node | None:
+    """The node at `path`, if there is one."""
+    found: Node | None = root
+    for part in path:
+        found = found.child(part) if found is not None else None
+    return found
 
 
 def _changed(root: Node, path: tuple[str, ...], change: Callable[[Node], Node]) -> Node:
@@ -102,6 +123,5 @@ def _changed(root: Node, path: tuple[str, ...], change: Callable[[Node], Node]) 
 
 
 def _value(root: Node, section: str, key: str) -> Any:  # noqa: ANN401  whatever the file held
-    inner = root.child(section)
-    found = inner.child(key) if inner else None
+    found = _at(root, (section, key))
     return found.value if found and not found.broken else None

@@ -93,6 +93,39 @@ def test_a_slice_of_a_local_copy(spec: Callable[..., Spec], folder: Path):
     assert str(caught.value).startswith(f"{folder}/nothing: no such file; there is ")
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("sums.train.jsonl", {"limit": 3}),
+        ({"path": "sums.train.jsonl", "limit": 3}, {"split": "test"}),
+        ({"path": "sums.train.jsonl", "split": "[:3]"}, {"split": "[:3]", "name": "t"}),
+        ({"path": "sums.train.jsonl", "share": 0.5}, {"share": 0.5}),
+        ({"path": "sums", "split": "train"}, {"split": "train", "limit": 2}),
+    ],
+)
+def test_rows_that_are_trained_on_are_no_others(spec: Callable[..., Spec], train: Any, test: Any):
+    with pytest.raises(SpecError) as caught:
+        rows_of(spec({"train": train, "test": test}), "test")
+    assert str(caught.value) == (
+        "data.test: has no path of its own, so these are rows of data.train; give a path, or another split or slice"
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "numbers"),
+    [
+        ({"path": "sums.train.jsonl", "split": "[:6]"}, {"split": "[6:]"}, [7, 8]),
+        ({"path": "sums.train.jsonl", "split": "[2:]"}, {"limit": 2}, [1, 2]),
+        ({"path": "sums.train.jsonl", "share": 6}, {"share": 6, "rest": True}, None),
+    ],
+)
+def test_other_parts_of_the_training_file(spec: Callable[..., Spec], train: Any, test: Any, numbers: list[int] | None):
+    loaded = spec({"train": train, "test": test})
+    found = rows_of(loaded, "test").numbers
+    assert len(found) == 2 and not {*found} & {*rows_of(loaded, "train").numbers}
+    assert numbers in (None, found)
+
+
 def test_without_copies_the_hub_and_the_published_addresses_are_asked(
     spec: Callable[..., Spec], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 import pytest
 
+from reft_cli.errors import SpecError
+from reft_cli.spec.data import SourceSpec
 from reft_cli.spec.load import load_spec, resolved_yaml
 from reft_cli.spec.schema import Method, Spec
 from reft_cli.spec.suite_text import preset_yaml
@@ -125,6 +127,8 @@ def test_red_without_a_recipe_keeps_its_own_edit(tmp_path: Path):
     [
         ("data: {train: mine.jsonl}", "mine.jsonl"),
         ("data: {train: {path: mine.jsonl}}", {"path": "mine.jsonl"}),
+        ("data: {folder: f, train: {local: mine}}", {"local": "mine"}),
+        ("data: {folder: f, train: {local: mine, split: a}}", {"local": "mine", "split": "a"}),
         ("data: {train: {limit: 5}}", {"path": "nyu-mll/glue", "subset": "sst2", "local": "glue/sst2", "limit": 5}),
         (
             "data: {train: [a.jsonl, {path: b.csv, weight: 2}]}",
@@ -137,10 +141,33 @@ def test_a_source_of_the_users_own_is_no_part_of_the_suites(tmp_path: Path, give
     if isinstance(expected, list):
         assert [each.model_dump(exclude_defaults=True) for each in train] == expected  # type: ignore[union-attr]
     elif isinstance(expected, dict):
-        found = train.model_dump(exclude_defaults=True)  # type: ignore[union-attr]
-        assert {key: found.get(key) for key in (*expected, "subset")} == {"subset": None} | expected
+        of_the_suite = {"split": "train"} if "limit" in expected else {}
+        assert train.model_dump(exclude_defaults=True) == expected | of_the_suite  # type: ignore[union-attr]
     else:
         assert train == expected
+
+
+def test_a_name_in_a_folder_that_is_not_given_is_no_silent_return_to_the_suites_rows(tmp_path: Path):
+    with pytest.raises(SpecError) as caught:
+        spec_of(tmp_path, "model: m\ntask: glue/sst2\ndata: {train: {local: mine}}\n")
+    (problem,) = caught.value.problems
+    assert str(problem).endswith("data.train.local: `mine` is a name in data.folder, which is not given")
+
+
+def test_a_source_of_the_users_own_leaves_prompt_and_scoring(tmp_path: Path):
+    mine = spec_of(
+        tmp_path, "model: m\ntask: commonsense\ndata: {folder: f, train: {local: mine}, test: {local: mine}}\n"
+    )
+    suite = spec_of(tmp_path, "model: m\ntask: commonsense\n")
+    assert (mine.data.template, mine.task, mine.train) == (suite.data.template, suite.task, suite.train)
+    assert mine.data.test == SourceSpec(local="mine")
+
+
+def test_keys_of_a_source_reach_each_of_the_suites_sources(tmp_path: Path):
+    suite = spec_of(tmp_path, "model: m\ntask: commonsense\n").data.test
+    some = spec_of(tmp_path, "model: m\ntask: commonsense\ndata: {test: {limit: 5}}\n").data.test
+    assert isinstance(suite, list) and len(suite) == 8
+    assert some == [each.model_copy(update={"limit": 5}) for each in suite]
 
 
 def test_a_template_with_its_own_answer_is_no_part_of_the_suites(tmp_path: Path):
