@@ -46,7 +46,7 @@ from reft_cli.parallel.collective import (
     together,
 )
 from reft_cli.parallel.world import is_launched
-from reft_cli.runfolder import RunFolder, Status
+from reft_cli.runfolder import RunFolder, Status, step_of
 from reft_cli.runs.assemble import (
     base_source,
     best_metric,
@@ -351,11 +351,12 @@ class _Work:
         if self.spec.log:
             self.accelerator.log(values, step=step)
 
-    def _last_good(self) -> str:
-        there = self.run.checkpoints()
-        if not there:
-            return "There is no checkpoint yet."
-        return f"Last good checkpoint: {there[-1].relative_to(self.run.path)}."
+    def _last_good(self, began: int) -> str:
+        """The last checkpoint whose weights gave a good loss in the step after it; `began`: the first bad one."""
+        good = [path for path in self.run.checkpoints() if step_of(path) < began - 1]
+        if not good:
+            return "There is no checkpoint from before that."
+        return f"Last good checkpoint: {good[-1].relative_to(self.run.path)}."
 
     def _unrecorded(self, reason: str) -> None:
         self.observer.on_message("warning", f"CUDA graphs are off, {reason}")

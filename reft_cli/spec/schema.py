@@ -204,8 +204,9 @@ class TrainSpec(Section):
     """Only algorithms that give the same bits again; slower on GPUs."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
-    diverge_factor: Annotated[float, Field(gt=1)] = 10.0
-    """Stop when the loss is this many times the mean of the last hundred steps, and above that of the first step."""
+    diverge_factor: Annotated[float, Field(gt=1)] = 4.0
+    """Stop when 15 of 20 steps in a row have a loss this many times the median of the 80 before, and above that of the
+    first five."""
 
     @model_validator(mode="after")
     def _batches(self) -> TrainSpec:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from signal import Signals
+from statistics import median
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ from reft_cli.positions import PositionGroup
 from reft_cli.tasks.objectives import Task
 from reft_cli.tasks.preferences import Preference
 from reft_cli.training import budget
-from reft_cli.training.divergence import LOSS_WINDOW, fault_of
+from reft_cli.training.divergence import BEGINNING, LOSS_WINDOW, Fault, fault_of
 from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.observer import EvaluationRecord, Observer, StepRecord
 from reft_cli.training.optimizer import all_gradients, build_optimizer, trainable_parameters
@@ -74,6 +75,7 @@ class Hooks:
     """What the loop calls and does not know: validation, saving, and a signal: SIGUSR1 saves, others save and stop.
 
     Each is called in every process, but for `unrecorded`: where and when passes turn out not to be recordable.
+    `last_good` names what was saved before the losses from a step on went wrong.
     """
 
     validate: Callable[[], dict[str, float]] | None
@@ -81,7 +83,7 @@ class Hooks:
     mark_best: Callable[[int], None]
     log: Callable[[dict[str, float], int], None]
     signal: Callable[[], int | None]
-    last_good: Callable[[], str]
+    last_good: Callable[[int], str]
     unrecorded: Callable[[str], None] = lambda _: None
 
 
@@ -268,7 +270,7 @@ class Trainer:
         signal = self.hooks.signal()
         report = last or validate or save or step % self.settings.log_every == 0
         if report or signal:
-            self._look_at_losses()
+            self._look_at_losses(norm)
         if report:
             self._report_step(norm, rate)
         best = validate and self._validate()
@@ -287,25 +289,35 @@ class Trainer:
         interval = self.order.steps_per_epoch if every == "epoch" else every
         return step % interval == 0 or step == self.steps
 
-    def _look_at_losses(self) -> None:
-        """Read the losses since the last look (one wait for the device) and stop if one is not finite or exploded."""
-        settings = self.settings
-        for (step, _, rows), loss in zip(
-            self._pending, torch.stack([loss for _, loss, _ in self._pending]).tolist(), strict=True
-        ):
+    def _look_at_losses(self, norm: Tensor) -> None:
+        """Read the losses since the last look (one wait for the device) and stop if one is not finite or they exploded.
+
+        Also if the last gradient is not finite, before the weights that it made are saved; float16 skips such a step.
+        """
+        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
+        for (step, _, rows), loss in zip(self._pending, losses, strict=True):
             progress = self.progress
-            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-            fault = fault_of(
-                loss, recent=progress.recent_losses, first=progress.first_loss, factor=settings.diverge_factor
-            )
-            if fault:
-                shown = ", ".join(map(str, sorted(rows)[:8])) + (", …" if len(rows) > 8 else "")
-                raise Diverged(
-                    f"loss {fault} at step {step} (learning rate {settings.learning_rate:g}, rows {shown}). "
-                    f"{self.hooks.last_good()} Try a lower train.learning_rate, or train.warmup_ratio: 0.1"
-                )
             progress.recent_losses = [*progress.recent_losses, loss][-LOSS_WINDOW:]
+            if progress.first_loss is None and len(progress.recent_losses) == BEGINNING:
+                progress.first_loss = median(progress.recent_losses)
+            fault = fault_of(progress.recent_losses, first=progress.first_loss, factor=self.settings.diverge_factor)
+            if fault:
+                raise self._diverged(fault, step, rows)
+        if not (math.isfinite(length := norm.item()) or self.scaler.is_enabled()):
+            step, _, rows = self._pending[-1]
+            raise self._diverged(Fault(f"has a gradient of length {length}", 1), step, rows)
         self._pending.clear()
+
+    def _diverged(self, fault: Fault, step: int, rows: Sequence[int]) -> Diverged:
+        began = step - fault.lasts + 1
+        where = f" since step {began}"
+        if began == step:
+            shown = ", ".join(map(str, sorted(rows)[:8])) + (", …" if len(rows) > 8 else "")
+            where = f" (rows {shown})"
+        return Diverged(
+            f"loss {fault.words} at step {step}{where}, learning rate {self.settings.learning_rate:g}. "
+            f"{self.hooks.last_good(began)} Try a lower train.learning_rate, or train.warmup_ratio: 0.1"
+        )
 
     def _report_step(self, norm: Tensor, rate: float) -> None:
         progress = self.progress

@@ -32,7 +32,7 @@ class Progress:
     bad_validations: int = 0
     """Validations since the best one."""
     first_loss: float | None = None
-    """That of the first step; a loss below it is no explosion."""
+    """Median of the first five; a loss below it is no explosion."""
     recent_losses: list[float] = field(default_factory=list)
     """Up to a hundred losses, for recognising one that exploded."""
     loss_scale: dict[str, Any] = field(default_factory=dict)

@@ -126,10 +126,12 @@ def test_what_can_happen_to_anybody(
         assert RunFolder("runs/t").read()["exit_code"] == code
 
 
-def test_divergence(reft, here: Path):
-    done = reft("train", "s.yaml", "--name", "t", "--set", "train.learning_rate=1.0e+38", "--json", "-q")
+def test_divergence(reft, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("reft_cli.training.loop.rate_factor", lambda step, **_: 1e38 if step == 2 else 1.0)
+    done = reft("train", "s.yaml", "--name", "t", "--json", "-q")
     assert (done.code, done.error["kind"], done.out) == (6, "diverged", "")
-    assert "Last good checkpoint: checkpoints/step_00000" in done.error["message"]
+    assert "at step 4 (rows " in done.error["message"]
+    assert "Last good checkpoint: checkpoints/step_000002." in done.error["message"]
 
 
 def test_a_score_that_is_good_enough(reft, here: Path):

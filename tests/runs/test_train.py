@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from reft_cli import checkpoint, runfolder, runs
+from reft_cli.data.batch import Batch
 from reft_cli.errors import (
     CheckpointError,
     DataError,
@@ -25,7 +28,9 @@ from reft_cli.errors import (
     ReftError,
     SpecError,
 )
+from reft_cli.models.intervened import IntervenedModel
 from reft_cli.spec.load import LoadedSpec
+from reft_cli.tasks.objectives import CausalLM
 from reft_cli.training.observer import NullObserver, StepRecord
 
 MakeSpec = Callable[..., LoadedSpec]
@@ -169,14 +174,60 @@ def test_existing_run_is_not_touched(make_spec: MakeSpec, tmp_path: Path):
     torch.testing.assert_close(tensors(tmp_path / "run"), before, rtol=0, atol=0)
 
 
-def test_exploding_loss_stops_and_names_the_last_good_checkpoint(make_spec: MakeSpec, tmp_path: Path):
-    spec = make_spec("train.learning_rate=1e30", "train.max_grad_norm=null", "checkpoint.every=1", "train.epochs=8")
-    with pytest.raises(
-        Diverged, match=r"^loss is nan at step \d+ \(learning rate 1e\+30, rows .*Last good checkpoint: "
-    ):
+def rate_from(monkeypatch: pytest.MonkeyPatch, step: int, rate: float) -> None:
+    """Learn with another rate from a step on."""
+
+    def factor(done: int, **_: object) -> float:
+        return rate if done + 1 >= step else 1.0
+
+    monkeypatch.setattr("reft_cli.training.loop.rate_factor", factor)
+
+
+@pytest.mark.parametrize(("bad", "good"), [(4, "step_000003"), (1, None)])
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, good: str | None
+):
+    """The checkpoint of the bad step itself, whose loss was still good, is not the one."""
+    rate_from(monkeypatch, bad, 1e30)
+    spec = make_spec("train.max_grad_norm=null", "checkpoint.every=1", "checkpoint.keep=9", "train.epochs=8")
+    with pytest.raises(Diverged, match=rf"^loss is nan at step {bad + 1} \(rows .*\), learning rate ") as caught:
         train(spec, tmp_path / "run")
+    named = f"Last good checkpoint: checkpoints/{good}." if good else "There is no checkpoint from before that."
+    assert named in str(caught.value)
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (record["status"], record["exit_code"]) == ("failed", 6)
+
+
+def test_losses_that_explode_stop_and_name_where_it_began(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes, whole = 0, CausalLM.loss
+
+    def loss(task: CausalLM, model: IntervenedModel, batch: Batch) -> torch.Tensor:
+        nonlocal passes
+        passes += 1  # one a step
+        return whole(task, model, batch) * (30 if passes >= 60 else 1)
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    spec = make_spec("checkpoint.every=10", "checkpoint.keep=9", "train.epochs=40", "evaluation.every=never")
+    with pytest.raises(Diverged) as caught:
+        train(spec, tmp_path / "run")
+    assert re.match(r"loss rose to 1\d\d from 5\.\d+ \(medians\) at step 7[45] since step 60, ", str(caught.value))
+    assert "Last good checkpoint: checkpoints/step_000050." in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_weights_are_saved(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lengths = iter([1.0, 1.0, math.nan])
+
+    def clip(*_: object, **__: object) -> torch.Tensor:
+        return torch.tensor(next(lengths))
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clip)
+    with pytest.raises(Diverged, match=r"^loss has a gradient of length nan at step 3 \(rows "):
+        train(make_spec("checkpoint.every=1", "checkpoint.keep=9"), tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_000001", "step_000002"]
 
 
 def test_out_of_memory_gives_advice(make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
