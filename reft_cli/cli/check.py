@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_cli.cli import console, options, progress
+from reft_cli.cli.importing import importing
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -37,7 +38,8 @@ def check(
     from reft_cli.spec import load_spec
 
     loaded = load_spec(spec, overrides=sets)
-    from reft_cli import runs
+    with importing():
+        from reft_cli import runs
 
     report = runs.check(loaded, with_model=not no_model, rows=rows)
     if as_json:

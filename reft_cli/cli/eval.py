@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reft_cli.cli import console, options
+from reft_cli.cli.importing import importing
 from reft_cli.cli.processes import as_several
 from reft_cli.cli.progress import duration, progress
 from reft_cli.errors import BelowThreshold, SpecError
@@ -43,10 +44,7 @@ def evaluate(
     compile: options.Compile = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the base model too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Score the base model only.")] = False,
-    fail_under: Annotated[
-        list[str],
-        typer.Option("--fail-under", help="Exit with 7 below this, e.g. accuracy=0.6.", metavar="METRIC=X"),
-    ] = [],  # noqa: B006  Typer reads the default and never hands it out
+    fail_under: options.FailUnder = [],  # noqa: B006  Typer reads the default and never hands it out
     processes: Annotated[
         int | None, typer.Option("--processes", help="Share the rows out over N processes, one a GPU.", min=1)
     ] = None,
@@ -63,7 +61,8 @@ def evaluate(
     gates = [_gate(text) for text in fail_under]
     which = _which(base=base, compare=compare_base)
     _share_out(processes or 1, device=device, device_map=device_map, tasks=tasks)
-    from reft_cli import runs
+    with importing():
+        from reft_cli import runs
 
     common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:

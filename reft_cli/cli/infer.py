@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from reft_cli.cli import console, options
+from reft_cli.cli.importing import importing
 from reft_cli.cli.progress import progress
 from reft_cli.errors import DataError, Problem, SpecError
 
@@ -66,10 +67,7 @@ def infer(
     seed: options.Seed = None,
     samples: options.Samples = 1,
     compile: options.Compile = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option("--stream/--no-stream", help="Show the answer as it grows.", show_default="on a terminal"),
-    ] = None,
+    stream: options.Stream = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the template.")] = False,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -88,7 +86,8 @@ def infer(
     asked |= {"top_k": top_k, "seed": seed, "compile": compile}
     how = How.of(asked, base=base, compare=compare, samples=samples, raw=raw)
     marks = [time.perf_counter()]
-    from reft_cli.runs import open_run
+    with importing():
+        from reft_cli.runs import open_run
 
     marks.append(time.perf_counter())
     place: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "device_map": device_map, "model": model}

@@ -85,6 +85,14 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", help="Probability that is sampled from.", min=1e-9, max=1, metavar="P")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Tokens that are sampled from; 0: all.", min=0, metavar="K")]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="Show the answer as it grows.", show_default="on a terminal"),
+]
+FailUnder = Annotated[
+    list[str],
+    typer.Option("--fail-under", help="Exit with 7 below this, e.g. accuracy=0.6.", metavar="METRIC=X"),
+]
 Compile = Annotated[
     str | None,
     typer.Option("--compile", help="torch.compile of the steps: auto, on or off; auto: on long jobs.", metavar="WHEN"),

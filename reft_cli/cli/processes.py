@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reft_cli.cli import console
+from reft_cli.cli.importing import importing
 from reft_cli.errors import ProcessLost
 from reft_cli.parallel import launch
 from reft_cli.parallel.launch import Outcome
@@ -16,7 +17,8 @@ def as_several(processes: int | str, *, device: str, before: Callable[[], None] 
 
     `before` is called before any of them is started.
     """
-    count = 1 if is_launched() else launch.count(processes, device=device)
+    with importing():  # GPUs are counted by torch
+        count = 1 if is_launched() else launch.count(processes, device=device)
     if count == 1:
         return None
     before()

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from reft_cli.cli import console, options
+from reft_cli.cli.importing import importing
 from reft_cli.cli.processes import as_several
 from reft_cli.cli.progress import progress
 from reft_cli.errors import Interrupted, SpecError
@@ -90,7 +91,8 @@ def train(
     code = _as_several(console.settings.run, loaded, resume=resume is not None, overwrite=overwrite)
     if code is not None:
         raise SystemExit(code)  # typer.Exit(130) would be taken for a Ctrl-C here
-    from reft_cli import runs
+    with importing():
+        from reft_cli import runs
 
     try:
         with progress() as observer:
