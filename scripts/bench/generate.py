@@ -209,12 +209,13 @@ def timed(decode: Callable[[], int], device: str) -> tuple[int, float]:
     return made, time.perf_counter() - started
 
 
-def rate(decode: Callable[[], int], device: str, *, repeats: int, warm: bool = True) -> float:
-    """Tokens a second of the fastest of some calls."""
+def rate(decode: Callable[[], int], device: str, *, repeats: int, warm: bool = True) -> dict[str, Any]:
+    """Tokens a second of the fastest of some calls, and of each."""
     if warm:
         decode()
     found = [timed(decode, device) for _ in range(repeats)]
-    return round(max(made / seconds for made, seconds in found), 1)
+    rates = [round(made / seconds, 1) for made, seconds in found]
+    return {"rate": max(rates), "rates": rates}
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -232,7 +233,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             decode(prompts, new, batch)
             first = round(time.perf_counter() - started, 2)
             found = rate(lambda p=prompts, n=new, b=batch: decode(p, n, b), device, repeats=args.repeats, warm=False)
-            yield {"work": f"batch {batch}, {new} new", "rate": found, "first_seconds": first}
+            yield {"work": f"batch {batch}, {new} new", **found, "first_seconds": first}
     if not args.ragged or args.side == "static":  # every width would be compiled anew
         return
     prompts = draw(args.ragged, RAGGED, vocabulary)
@@ -241,7 +242,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if not peer:
             decode(prompts[: 2 * size], args.answers[-1], size)
         found = rate(lambda s=size: decode(rows, args.answers[-1], s), device, repeats=1, warm=False)
-        yield {"work": f"ragged in {size}", "rate": found, "rows": len(rows)}
+        yield {"work": f"ragged in {size}", **found, "rows": len(rows)}
 
 
 def measure_mixed(args: argparse.Namespace, device: str, vocabulary: int) -> Iterator[dict[str, Any]]:
@@ -252,7 +253,7 @@ def measure_mixed(args: argparse.Namespace, device: str, vocabulary: int) -> Ite
     take_turns(list(range(1, args.mixed + 1)))
     for name, each in (("one checkpoint", alone), (f"{args.mixed} checkpoints", decode)):
         found = rate(lambda e=each: e(prompts, args.answers[-1], args.mixed), device, repeats=args.repeats)
-        yield {"work": f"mixed: {name}", "rate": found}
+        yield {"work": f"mixed: {name}", **found}
 
 
 def run_sides(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
