@@ -44,6 +44,7 @@ def evaluate(
     compile: options.Compile = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the base model too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Score the base model only.")] = False,
+    loss: Annotated[bool, typer.Option("--loss", help="Read the loss too where answers are generated.")] = False,
     fail_under: options.FailUnder = [],  # noqa: B006  Typer reads the default and never hands it out
     processes: Annotated[
         int | None, typer.Option("--processes", help="Share the rows out over N processes, one a GPU.", min=1)
@@ -68,9 +69,10 @@ def evaluate(
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
         what: dict[str, Any] = {"data": data, "split": split or "test", "generation": {"compile": compile}}
+        what["loss"] = loss
         score = partial(runs.evaluate, run, **what, **asdict(common))
     else:
-        names = _names(tasks, data=data, split=split, compile=compile)
+        names = _names(tasks, data=data, split=split, compile=compile, loss=loss)
         what = {"tasks": names, "folder": task_folder, "few_shot": few_shot, "chat": chat}
         score = partial(runs.evaluate_tasks, run, **what, **asdict(common))
     with progress() as observer:
@@ -113,13 +115,15 @@ class _Common:
     trust_remote_code: bool
 
 
-def _names(tasks: str, *, data: str | None, split: str | None, compile: str | None) -> list[str]:
+def _names(tasks: str, *, data: str | None, split: str | None, compile: str | None, loss: bool) -> list[str]:
     """The tasks of a list with commas."""
     for flag, given in (("--data", data), ("--split", split)):
         if given is not None:
             raise SpecError(f"{flag} and --tasks: a task brings its own rows; give one of them")
     if compile is not None:
         raise SpecError("--compile and --tasks: tasks are read more than written; leave --compile out")
+    if loss:
+        raise SpecError("--loss and --tasks: a task has its own scores; leave --loss out")
     names = [name.strip() for name in tasks.split(",")]
     if not all(names):
         raise SpecError(f"--tasks {tasks}: write names with commas between them, for example arc_easy,hellaswag")

@@ -66,6 +66,8 @@ class Evaluator:
     """Of a preference task: where to keep what the base gives each pair, if rows are scored more than once."""
     rule: Rule | None = None
     """How the answer is found in generated text; None: all of it is the answer."""
+    reads_loss: bool = True
+    """Whether rows that are answered are also read for their loss, a second pass over them; other metrics have it."""
 
     @property
     def generates(self) -> bool:
@@ -112,13 +114,14 @@ class Evaluator:
         answers: Sequence[Answer] | None,
         tell: Progress,
     ) -> Evaluation:
-        loss = self.mean_loss(model, examples, edited=edited)
-        metrics = {"loss": loss}
+        metrics: dict[str, float] = {}
+        if self.reads_loss or not self.generates:
+            metrics["loss"] = self.mean_loss(model, examples, edited=edited)
         samples: list[dict[str, Any]] = [
             {"row": each.row, "prompt": each.prompt, "reference": _reference(each)} for each in examples
         ]
         if self.metric in FROM_LOSS:
-            return Evaluation(metrics | {self.metric: score_loss(self.metric, loss)}, samples)
+            return Evaluation(metrics | {self.metric: score_loss(self.metric, metrics["loss"])}, samples)
         if answers is None:
             answers = answer_all(
                 Decoder.of(model, self.groups, tokenizer=self.tokenizer),

@@ -63,6 +63,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int | None = None,
     base: Base = "none",
+    loss: bool = False,
     generation: dict[str, Any] | None = None,
     device: str | None = None,
     device_map: str | None = None,
@@ -72,6 +73,7 @@ def evaluate(
 ) -> EvalReport:
     """Score a run on `data` (a file, folder, hub id or bundled name), or on a split of its own spec.
 
+    `loss`: read the loss also where it is no part of the score, which is where answers are generated.
     The result and every row's prediction are kept in the run's eval/ folder, named by data, step and what was left out.
     Each process that a launcher started scores its share; the first one writes and tells the observer.
     """
@@ -82,7 +84,7 @@ def evaluate(
         encoded = session.text.encode(rows, tell=partial(observer.on_message, "debug"))
         overrides = (generation or {}) | {"batch_size": batch_size}
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
-        evaluator = _evaluator(session, decoding, batch_size=size)
+        evaluator = _evaluator(session, decoding, batch_size=size, loss=loss)
         step = session.checkpoint.manifest.step
         name = _file_name(split if data is None else Path(encoded.name).stem, step, base=base, limit=limit)
         started = time.perf_counter()
@@ -109,8 +111,8 @@ def evaluate(
     return report
 
 
-def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None) -> Evaluator:
-    return evaluator_of(
+def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None, loss: bool) -> Evaluator:
+    evaluator = evaluator_of(
         session.text,
         metric=session.checkpoint.manifest.text.metric,
         decoding=decoding,
@@ -118,6 +120,7 @@ def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None) 
         device=session.model.device,
         tied=session.tied,
     )
+    return replace(evaluator, reads_loss=loss)
 
 
 def _file_name(scored: str, step: int, *, base: Base, limit: int | None) -> str:

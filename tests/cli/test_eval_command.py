@@ -64,10 +64,10 @@ def test_the_report_as_json(reft, calls):
 
 
 def test_flags_reach_the_evaluation(reft, calls):
-    words = "--data d.csv --split validation --limit 5 --batch-size 2 --checkpoint 40 --device cpu --model m"
+    words = "--data d.csv --split validation --limit 5 --batch-size 2 --checkpoint 40 --device cpu --model m --loss"
     reft("eval", "runs/s", *words.split(), "--trust-remote-code")
     call = calls[0]
-    assert call["run"] == Path("runs/s") and call["base"] == "none"
+    assert call["run"] == Path("runs/s") and call["base"] == "none" and call["loss"]
     assert (call["data"], call["split"], call["limit"], call["batch_size"]) == ("d.csv", "validation", 5, 2)
     assert (call["checkpoint"], call["device"], call["model"], call["trust_remote_code"]) == ("40", "cpu", "m", True)
 
@@ -136,6 +136,7 @@ def test_tasks_of_the_harness_take_the_place_of_data(reft, calls):
         ("--tasks a --split test", "--split and --tasks: a task brings its own rows; give one of them"),
         ("--tasks a,,b", "--tasks a,,b: write names with commas between them, for example arc_easy,hellaswag"),
         ("--tasks a --compile on", "--compile and --tasks: tasks are read more than written; leave --compile out"),
+        ("--tasks a --loss", "--loss and --tasks: a task has its own scores; leave --loss out"),
         ("--tasks a --processes 2", "--processes: tasks of lm-evaluation-harness run in one process; leave it out"),
         ("--few-shot 2", "--few-shot belongs to --tasks; the run's own data are scored as they were trained"),
         ("--task-folder x", "--task-folder belongs to --tasks"),

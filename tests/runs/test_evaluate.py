@@ -13,6 +13,7 @@ import pytest
 
 from reft_cli import runs
 from reft_cli.errors import CheckpointError, DataError, SpecError
+from reft_cli.evaluation.evaluate import Evaluator
 from reft_cli.evaluation.metrics import score_classes, score_loss, score_numbers, score_texts
 from reft_cli.runs import assemble
 from reft_cli.spec.load import LoadedSpec
@@ -46,7 +47,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def test_the_test_split_row_by_row(run: Path, data_dir: Path):
-    report = evaluate(run, base="compare")
+    report = evaluate(run, base="compare", loss=True)
     rows, kept = rows_of(data_dir / "test.jsonl"), samples(report)
     assert (report.rows, report.data, report.metric) == (7, str(data_dir / "test.jsonl"), "exact_match")
     assert [line["row"] for line in kept] == [1, 2, 3, 4, 5, 6, 7]
@@ -82,7 +83,7 @@ def test_splits_of_the_spec(run: Path, split: str, count: int):
 
 def test_the_validation_score_of_training_is_that_of_evaluation(run: Path):
     best = json.loads((run / "run.json").read_text())["metrics"]["validation_loss"]
-    assert evaluate(run, split="validation", checkpoint="best").metrics["loss"] == best
+    assert evaluate(run, split="validation", checkpoint="best", loss=True).metrics["loss"] == best
 
 
 def test_other_data_in_another_file(run: Path, data_dir: Path, tmp_path: Path):
@@ -91,7 +92,9 @@ def test_other_data_in_another_file(run: Path, data_dir: Path, tmp_path: Path):
         writer = csv.DictWriter(file, ["text", "label"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    found, expected = evaluate(run, data=str(tmp_path / "other.csv")), evaluate(run, split="validation")
+    found, expected = (
+        evaluate(run, **what, loss=True) for what in ({"data": str(tmp_path / "other.csv")}, {"split": "validation"})
+    )
     assert found.metrics == expected.metrics and found.data == str(tmp_path / "other.csv")
     assert found.path != expected.path and samples(found) == samples(expected)
 
@@ -116,10 +119,10 @@ def test_the_result_file_is_the_report(run: Path):
 
 
 def test_batches_of_one_and_of_four_say_the_same(run: Path, monkeypatch: pytest.MonkeyPatch):
-    four = evaluate(run, batch_size=4)
+    four = evaluate(run, batch_size=4, loss=True)
     predictions = samples(four)
     monkeypatch.setitem(assemble.TOKEN_BUDGET, "cpu", 1)  # a row at a time for the loss too
-    one = evaluate(run, batch_size=1)
+    one = evaluate(run, batch_size=1, loss=True)
     assert samples(one) == predictions
     assert one.metrics["loss"] == pytest.approx(four.metrics["loss"], abs=1e-6)
     assert one.metrics["exact_match"] == four.metrics["exact_match"]
@@ -141,6 +144,16 @@ def test_generation_can_be_changed(run: Path):
     report = evaluate(run, generation={"max_new_tokens": 1})
     assert all(len(line["prediction"].encode()) <= 3 for line in samples(report))
     assert json.loads(report.path.read_text())["generation"]["max_new_tokens"] == 1
+
+
+def test_answers_are_scored_without_reading_the_loss(run: Path, monkeypatch: pytest.MonkeyPatch):
+    both, read = evaluate(run, base="compare", loss=True), []
+    monkeypatch.setattr(Evaluator, "mean_loss", lambda *given, **how: read.append(given))
+    report = evaluate(run, base="compare")
+    assert list(report.metrics) == list(report.base_metrics) == ["exact_match"] and not read
+    assert report.metrics | {"loss": both.metrics["loss"]} == both.metrics
+    assert report.base_metrics | {"loss": both.base_metrics["loss"]} == both.base_metrics
+    assert samples(report) == samples(both)
 
 
 @pytest.mark.parametrize("metric", FITTING_METRICS["causal_lm"])
@@ -194,10 +207,13 @@ def test_a_checkpoint_alone_needs_only_data(run: Path, data_dir: Path, tmp_path:
 
 def test_any_checkpoint_of_a_run(run: Path):
     steps = [int(path.name.removeprefix("step_")) for path in sorted((run / "checkpoints").iterdir())]
-    first = evaluate(run, checkpoint=str(steps[0]))
+    first = evaluate(run, checkpoint=str(steps[0]), loss=True)
     assert first.checkpoint.name == f"step_{steps[0]:06d}" and f"step_{steps[0]:06d}" in first.path.name
     shutil.copytree(run / "last", run / "checkpoints" / "backup")
-    backup, last = evaluate(run / "checkpoints" / "backup"), evaluate(run, checkpoint="last")
+    backup, last = (
+        evaluate(where, checkpoint=which, loss=True)
+        for where, which in ((run / "checkpoints" / "backup", None), (run, "last"))
+    )
     assert backup.metrics == last.metrics != first.metrics
     assert backup.path == last.path
 

@@ -83,7 +83,7 @@ def test_scores_are_our_own_whatever_the_batch_and_the_padding_side(harness, tra
 def test_likelihoods_add_up_to_our_loss(harness, trained, folder):
     run = trained("data.append_eos=false")
     report = scored(run, ["local_choice"], folder)
-    own = runs.evaluate(run, observer=NullObserver(), device="cpu")
+    own = runs.evaluate(run, loss=True, observer=NullObserver(), device="cpu")
     samples = _samples(run, "local_choice")
     total = tokens = 0.0
     for sample in samples:

@@ -184,7 +184,7 @@ def test_both_processes_see_a_divergence(spec_file: Path, tmp_path: Path):
 
 def evaluated(run: Path) -> dict[str, Any]:
     """Score a run in this process."""
-    report = runs.evaluate(run, base="compare", observer=NullObserver())
+    report = runs.evaluate(run, base="compare", loss=True, observer=NullObserver())
     return {"metrics": report.metrics, "base": report.base_metrics, "rows": report.rows}
 
 
@@ -233,7 +233,7 @@ def test_an_evaluation_goes_on_with_the_answers_of_all_processes(trained, after:
     assert len(list((run / "eval").glob("*.partial*.jsonl"))) == 2
     if after == 1:
         starting = Starting()
-        assert runs.evaluate(run, observer=starting).metrics == wanted and starting.known == 2
+        assert runs.evaluate(run, loss=True, observer=starting).metrics == wanted and starting.known == 2
     else:
         first, second = run_as(evaluated, run)
         assert first == second

@@ -56,7 +56,7 @@ def test_it_answers_and_scores_through_generate(spread: Path, prompt: str):
 def test_an_evaluation_gives_the_scores_of_a_whole_base(spread: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(placement, "SHARE", 16e6 / psutil.virtual_memory().available)
     scores = [
-        runs.evaluate(spread, limit=4, device="cpu", observer=QUIET, device_map=given).metrics
+        runs.evaluate(spread, limit=4, loss=True, device="cpu", observer=QUIET, device_map=given).metrics
         for given in (None, "auto")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)

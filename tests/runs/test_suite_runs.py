@@ -127,7 +127,7 @@ def test_a_suite_trains_and_is_scored_on_local_rows(suite: str, run_suite: Calla
     sets += ['data.template={prompt: "{prompt}\\n", completion: "{chosen}"}'] if suite.startswith("reward/") else []
     report = run_suite(suite, *sets)
     metric = "loss" if suite == "instruct" else report.metric
-    assert set(report.metrics) >= {"loss", metric}
+    assert metric in report.metrics
     sets_scored = [name for name in report.metrics if name.startswith(f"{metric}/")]
     expected = {"commonsense": (8, 80), "arithmetic": (4, 40), "instruct": (0, 5)}
     expected |= {"preference/truthfulqa": (0, 4), "reward/synthetic_instruct": (0, 1)}  # two questions of two pairs
