@@ -35,6 +35,7 @@ from reft_cli.models.placement import is_spread, spreading
 from reft_cli.models.sharding import shard_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_STREAM = 1_000_003  # added to the seed for a head's start: the bank draws from the seed itself
 FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -137,7 +138,7 @@ def load_causal_lm(source: BaseSource) -> BaseModel:
 
 def load_classifier(source: BaseSource, *, outputs: int, pad_token_id: int | None, seed: int) -> BaseModel:
     """A frozen transformer with a head of `outputs` numbers that trains, in float32; its weights follow `seed`."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + HEAD_STREAM)
     loaded = _load(source, AutoModelForSequenceClassification, {"num_labels": outputs, "pad_token_id": pad_token_id})
     for name, parameter in loaded.model.named_parameters():
         if not name.startswith(f"{loaded.model.base_model_prefix}."):
