@@ -39,7 +39,8 @@ class Run:
     def __init__(self, folder: Path, args: argparse.Namespace, mode: str, gpu: int | None) -> None:
         self.folder, self.environment = folder, dict(os.environ)
         if gpu is not None:
-            self.environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            self.environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
         sets = [
             f"train.max_steps={args.steps}",
             "train.epochs=1000",
@@ -171,7 +172,7 @@ def main() -> None:
 
     gpus = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max(gpus, 1)) as pool:
-        places = [index % gpus if gpus else None for index in range(len(args.modes))]
+        places = [index % gpus if gpus > 1 else None for index in range(len(args.modes))]
         folder = args.folder or Path(temporary)
         modes = pool.map(lambda given: measure(*given, args, folder), zip(args.modes, places, strict=True))
         found = {
