@@ -69,9 +69,8 @@ def restore_state(
                 raise ValueError(f"{prefix}{kind} is {list(value.shape)} of {value.dtype}, for {list(parameter.shape)}")
         if kinds and kinds.keys() != MOMENTS:  # none before a first step that float16 did not skip
             raise ValueError(f"{prefix}* are {sorted(kinds)}, not {sorted(MOMENTS)}")
-        optimizer.state[parameter] = {
-            kind: value.clone() if kind == "step" else value.to(parameter.device) for kind, value in kinds.items()
-        }
+        # The steps too: a fused AdamW counts them on the device.
+        optimizer.state[parameter] = {kind: value.to(parameter.device, copy=True) for kind, value in kinds.items()}
     torch.set_rng_state(tensors["rng.cpu"])
     for name, device in _generators(devices):
         if name in tensors:

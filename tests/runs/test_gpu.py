@@ -67,3 +67,14 @@ def test_deterministic_runs_are_bitwise_equal(make_spec: MakeSpec, tmp_path: Pat
         runs.train(spec, output=tmp_path / name, observer=QUIET)
         stored.append((tmp_path / name / "last/interventions.safetensors").read_bytes())
     assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_goes_on_from_a_step_as_it_went(make_spec: MakeSpec, tmp_path: Path, dtype: str):
+    sets = ("train.deterministic=true", "intervention.dropout=0.1", "checkpoint.every=1", "checkpoint.keep=9")
+    spec = make_spec("model.device=cuda", f"model.dtype={dtype}", *sets)
+    last = tmp_path / "run/last"
+    runs.train(spec, output=tmp_path / "run", observer=QUIET)
+    whole = [(last / name).read_bytes() for name in ("interventions.safetensors", "training.safetensors")]
+    runs.train(spec, output=tmp_path / "run", observer=QUIET, resume="2")
+    assert [(last / name).read_bytes() for name in ("interventions.safetensors", "training.safetensors")] == whole
