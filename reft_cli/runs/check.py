@@ -182,5 +182,6 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
             token_budget=token_budget(model.device),
             checkpointing=spec.train.gradient_checkpointing,
             compiled=execution.compiled,
+            recorded=execution.recorded,
         ),
     )

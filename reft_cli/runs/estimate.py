@@ -15,8 +15,10 @@ from reft_cli.positions import PositionGroup
 from reft_cli.runs.memory import memory_parts_of
 from reft_cli.tasks.objectives import Task
 from reft_cli.training.budget import is_out_of_memory
+from reft_cli.training.passes import longest_recorded
 
 QUICK = 2e12  # operations of a pass that may be tried on a CPU: some tens of seconds
+RECORDED = 1.4  # graphs of several sizes beside each other hold more than one pass (one H200, Llama-3.2-1B's shape)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Estimate:
     seconds: float | None
     """All training steps, by the time of one pass over the longest rows; None if that would take long here."""
     measured_bytes: int | None
-    """Peak of that pass, where the device counts it; None if training is compiled."""
+    """Peak of that pass, where the device counts it; None if training is compiled or recorded."""
 
     @property
     def memory_bytes(self) -> int:
@@ -60,10 +62,11 @@ def estimate(
     token_budget: int,
     checkpointing: bool,
     compiled: bool,
+    recorded: bool,
 ) -> Estimate:
     """What `steps` steps take; the largest micro-batch is the one of the longest rows.
 
-    The pass that is tried is not compiled, which would take long; so it tells no memory of a compiled run.
+    The pass that is tried is neither compiled nor recorded, which would take long; it tells no memory of such a run.
     """
     columns = Examples.of(examples)
     longest = columns.longest_first()[:global_batch_size]
@@ -76,6 +79,7 @@ def estimate(
     parts = memory_parts_of(
         model, task, examples=columns, groups=groups, layout=layout, checkpointing=checkpointing, compiled=compiled
     )
+    recorded = recorded and tokens <= longest_recorded(model)
     seconds = measured = None
     if model.device.type != "cpu" or for_each_token * tokens < QUICK:
         model.checkpoint_activations(checkpointing)
@@ -88,13 +92,13 @@ def estimate(
         model.checkpoint_activations(False)
     return Estimate(
         weights_bytes=parts.weights,
-        activation_bytes=parts.working(tokens, len(batch.targets)),
+        activation_bytes=round((RECORDED if recorded else 1) * parts.working(tokens, len(batch.targets))),
         trainable_bytes=parts.trained,
         pass_tokens=tokens,
         operations=for_each_token * seen,
         tokens=seen,
         seconds=seconds,
-        measured_bytes=None if compiled else measured,
+        measured_bytes=None if compiled or recorded else measured,
     )
 
 

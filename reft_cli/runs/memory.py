@@ -3,11 +3,12 @@
     peak = weights + trained + kept a token × tokens + max(a block's backward pass, the head and a chunk's logits)
 
 A frozen linear layer keeps nothing of its input. In a Llama block of width d, H and G numbers of queries and of keys,
-and an MLP of m, a token keeps 8 d bytes (two norms in float32) and s (2 H + 2 G + 3 m) at s bytes a number (queries,
-keys, values, attended; gate, its SiLU, up). Attention that forms no scores is linear in the tokens. The backward pass
-of a block holds gradients of half the size of what the block keeps, and, under checkpointing, computes all of that
-again before. What flash attention and the norms need besides on a GPU, and what compiling saves, was measured (one
-H200, Llama-3.2-1B and Llama-3-8B shapes, scripts/bench/memory.py).
+and an MLP of m, a token keeps b = 8 d bytes (two norms in float32) and s (2 H + 2 G + 3 m) at s bytes a number
+(queries, keys, values, attended; gate, its SiLU, up); the last block's MLP runs at answers only. Attention that forms
+no scores is linear in the tokens. The last block's backward pass begins with everything still kept, and holds five
+float32 copies of the hidden states in a norm, and their gradient. Under checkpointing a block is computed again, b, and
+the gradients of its MLP are held beside it, 3 m s. What compiling saves, and what recording costs (runs/estimate.py),
+was measured on one H200 (scripts/bench/memory.py).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from reft_cli.positions import PositionGroup
 from reft_cli.tasks.cross_entropy import CHUNK
 from reft_cli.tasks.objectives import Task
 
-SLOPES = 0.5  # of what a block keeps: the gradients that its backward pass holds at once
-KERNELS = 58  # bytes a number of a hidden state: what a GPU's backward pass of a block needs besides
-HEAD = 20  # the same: hidden states before the logits, in two types
+NORM = 22  # bytes a number of a hidden state: what a norm's backward pass holds, in float32, and the gradient
+MLP = 0.63  # of what a block keeps is its MLP's, whose gradients are as large; 0.62 and 0.64 in Llama's shapes
+HEAD = 6  # bytes a number of a hidden state: answers before the logits, and their gradient
 COMPILED = 0.67  # of what is kept is kept by compiled blocks
 ROOM = 0.85  # of the free memory that a first guess fills; the allocator loses some
 ADAM = 4  # tensors for each trained one: itself, its gradient, two moments
@@ -72,7 +73,8 @@ def memory_parts(
     """Counts a pass over a small batch, with the hooks off and the base where it is; no weight is changed."""
     tokens, width = _tokens(batch), hidden_size(model.base_model)
     kept = (COMPILED if compiled else 1) * _kept(model, task, batch, packed=packed, checkpointing=False) / tokens
-    block = kept / max(model.block_count - len(model.frozen.modules), 1)  # of those that have a backward pass
+    blocks = model.block_count - len(model.frozen.modules)  # those that have a backward pass
+    block = kept / max(blocks - MLP, 1 - MLP)  # the last one keeps nothing of its MLP
     held = _kept(model, task, batch, packed=packed, checkpointing=True) / tokens if checkpointing else kept
     size = next(model.base_model.parameters()).element_size()
     vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
@@ -85,7 +87,7 @@ def memory_parts(
         weights=sum(weights.values()),
         trained=ADAM * torch.float32.itemsize * model.trainable_count(),
         kept_a_token=held,
-        backward_a_token=(SLOPES + checkpointing) * block + (KERNELS * width if model.device.type == "cuda" else 0),
+        backward_a_token=(1 + MLP) * block if checkpointing else NORM * width,
         head_a_token=HEAD * width,
         logits_an_answer=an_answer,
         most_logits=min(CHUNK, vocabulary * 2**20) / max(vocabulary, 1) * an_answer,
@@ -137,7 +139,9 @@ def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, che
         storage, whole = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
         if storage.data_ptr() not in weights and not isinstance(whole, nn.Parameter):
             found[storage._cdata] = storage.nbytes()
-        return tensor
+        # Kept, for a storage's address to stay its own; not the tensor itself, for an operator that keeps its output
+        # would be kept by what it keeps, with the whole graph and the weights.
+        return tensor.detach()
 
     there = batch.to(model.device)
     inputs = [*there.inputs.values(), *there.rows.values(), there.answer_rows, there.targets]

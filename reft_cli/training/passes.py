@@ -72,6 +72,11 @@ def why_not_recorded(model: IntervenedModel, *, packed: bool, checkpointing: boo
     return "there is dropout" if dropout else None
 
 
+def longest_recorded(model: IntervenedModel) -> float:
+    """Tokens of a pass from which on the host keeps ahead of the GPU, so that nothing is recorded."""
+    return LAUNCH_BOUND * model.block_count / model.operations_a_token()
+
+
 class RecordedPasses:
     """Passes as CUDA graphs, one for each size of batch; a size is run as it comes once, then recorded.
 
@@ -85,7 +90,7 @@ class RecordedPasses:
         self.model, self.task, self.pad_token_id, self.tell = model, task, pad_token_id, tell
         self.refused = False
         self._plain = PlainPasses(model, task, torch.amp.GradScaler("cuda", enabled=False))
-        self._longest = LAUNCH_BOUND * model.block_count / model.operations_a_token()
+        self._longest = longest_recorded(model)
         self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._seen: set[tuple[int, ...]] = set()
