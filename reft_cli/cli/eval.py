@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from reft_cli.runs import EvalReport
     from reft_cli.runs.evaluate import Base
 
+EXCLUDED = {  # by --tasks
+    "--data": "a task brings its own rows; give one of them",
+    "--split": "a task brings its own rows; give one of them",
+    "--compile": "tasks are read more than written; leave --compile out",
+    "--set": "a task says itself how its answers are decoded; leave --set out",
+    "--loss": "a task has its own scores; leave --loss out",
+}
 LESS_IS_BETTER = ("loss", "perplexity")
 
 
@@ -35,12 +43,9 @@ def evaluate(
     few_shot: options.FewShot = None,
     chat: options.ChatTemplate = False,
     checkpoint: options.Checkpoint = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Only the first N rows of each source.", min=1, metavar="N")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Prompts decoded together.", min=1, metavar="N")
-    ] = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    sets: options.DecodingSets = [],  # noqa: B006  Typer reads the default and never hands it out
     compile: options.Compile = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the base model too.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Score the base model only.")] = False,
@@ -61,6 +66,7 @@ def evaluate(
     """Score a run on a split, or on tasks of lm-evaluation-harness."""
     gates = [_gate(text) for text in fail_under]
     which = _which(base=base, compare=compare_base)
+    decoding = _decoding(sets, compile=compile)
     _share_out(processes or 1, device=device, device_map=device_map, tasks=tasks)
     with importing():
         from reft_cli import runs
@@ -68,11 +74,12 @@ def evaluate(
     common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
-        what: dict[str, Any] = {"data": data, "split": split or "test", "generation": {"compile": compile}}
-        what["loss"] = loss
+        what: dict[str, Any] = {"data": data, "split": split or "test", "loss": loss}
+        what["generation"] = decoding
         score = partial(runs.evaluate, run, **what, **asdict(common))
     else:
-        names = _names(tasks, data=data, split=split, compile=compile, loss=loss)
+        refused = {"--data": data, "--split": split, "--compile": compile, "--set": sets, "--loss": loss}
+        names = _names(tasks, refused)
         what = {"tasks": names, "folder": task_folder, "few_shot": few_shot, "chat": chat}
         score = partial(runs.evaluate_tasks, run, **what, **asdict(common))
     with progress() as observer:
@@ -88,6 +95,13 @@ def _which(*, base: bool, compare: bool) -> Base:
     if base and compare:
         raise SpecError("--base scores the base only and --compare-base both; give one of them")
     return "only" if base else "compare" if compare else "none"
+
+
+def _decoding(sets: list[str], *, compile: str | None) -> dict[str, Any]:
+    """What the flags change of the run's own `generation`."""
+    from reft_cli.spec.decoding import decoding_of
+
+    return decoding_of(sets) | ({} if compile is None else {"compile": compile})
 
 
 def _share_out(processes: int, *, device: str | None, device_map: str | None, tasks: str | None) -> None:
@@ -115,15 +129,11 @@ class _Common:
     trust_remote_code: bool
 
 
-def _names(tasks: str, *, data: str | None, split: str | None, compile: str | None, loss: bool) -> list[str]:
-    """The tasks of a list with commas."""
-    for flag, given in (("--data", data), ("--split", split)):
-        if given is not None:
-            raise SpecError(f"{flag} and --tasks: a task brings its own rows; give one of them")
-    if compile is not None:
-        raise SpecError("--compile and --tasks: tasks are read more than written; leave --compile out")
-    if loss:
-        raise SpecError("--loss and --tasks: a task has its own scores; leave --loss out")
+def _names(tasks: str, flags: Mapping[str, object]) -> list[str]:
+    """The tasks of a list with commas. SpecError: one of the flags that tasks exclude is given."""
+    for flag, given in flags.items():
+        if given:
+            raise SpecError(f"{flag} and --tasks: {EXCLUDED[flag]}")
     names = [name.strip() for name in tasks.split(",")]
     if not all(names):
         raise SpecError(f"--tasks {tasks}: write names with commas between them, for example arc_easy,hellaswag")

@@ -64,6 +64,7 @@ def infer(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
+    sets: options.DecodingSets = [],  # noqa: B006  Typer reads the default and never hands it out
     seed: options.Seed = None,
     samples: options.Samples = 1,
     compile: options.Compile = None,
@@ -84,7 +85,7 @@ def infer(
     _check_flags(given | {"--json": as_json, "--samples": samples > 1})
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     asked |= {"top_k": top_k, "seed": seed, "compile": compile}
-    how = How.of(asked, base=base, compare=compare, samples=samples, raw=raw)
+    how = How.of(asked, sets, base=base, compare=compare, samples=samples, raw=raw)
     marks = [time.perf_counter()]
     with importing():
         from reft_cli.runs import open_run
@@ -121,10 +122,15 @@ class How:
     raw: bool
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any], *, base: bool, compare: bool, samples: int, raw: bool) -> How:
-        """What was asked for: settings that are not given are the run's own."""
+    def of(
+        cls, asked: Mapping[str, Any], sets: Sequence[str], *, base: bool, compare: bool, samples: int, raw: bool
+    ) -> How:
+        """What was asked for: settings that are not given are the run's own, and flags win over `--set`."""
+        from reft_cli.spec.decoding import decoding_of
+
         models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
-        return cls({key: value for key, value in asked.items() if value is not None}, models, samples, raw)
+        given = {key: value for key, value in asked.items() if value is not None}
+        return cls(decoding_of(sets) | given, models, samples, raw)
 
     def answers(
         self, session: Session, prompts: Sequence[str | Mapping[str, Any]]

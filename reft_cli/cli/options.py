@@ -89,6 +89,14 @@ Stream = Annotated[
     bool | None,
     typer.Option("--stream/--no-stream", help="Show the answer as it grows.", show_default="on a terminal"),
 ]
+DecodingSets = Annotated[
+    list[str],
+    typer.Option(
+        "--set", help="Change how answers are decoded, e.g. generation.beams=4. May be repeated.", metavar="KEY=VALUE"
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N rows of each source.", min=1, metavar="N")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts decoded together.", min=1, metavar="N")]
 FailUnder = Annotated[
     list[str],
     typer.Option("--fail-under", help="Exit with 7 below this, e.g. accuracy=0.6.", metavar="METRIC=X"),

@@ -30,6 +30,7 @@ from reft_cli.spec.schema import GenerationSpec, ModelSpec, Spec
 from reft_cli.spec.task import ExtractionSpec
 
 SEEDS = 2**63  # torch takes no larger ones
+FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size", "compile", "seed")  # settings that have one
 TOKEN_BUDGET = {"cuda": 16_384, "cpu": 4_096}  # tokens in one forward and backward pass
 
 
@@ -219,7 +220,7 @@ def _wrong_flag(error: ErrorDetails, given: Mapping[str, Any]) -> Problem:
 
 
 def _flag(name: str) -> str:
-    return "--" + printable(name).replace("_", "-")
+    return "--" + name.replace("_", "-") if name in FLAGS else f"generation.{printable(name)}"
 
 
 def evaluator_of(

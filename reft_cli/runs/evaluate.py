@@ -82,7 +82,7 @@ def evaluate(
         observer = observer if is_first() else NullObserver()
         rows = _rows(session, data, split, limit)
         encoded = session.text.encode(rows, tell=partial(observer.on_message, "debug"))
-        overrides = (generation or {}) | {"batch_size": batch_size}
+        overrides = (generation or {}) | ({} if batch_size is None else {"batch_size": batch_size})
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
         evaluator = _evaluator(session, decoding, batch_size=size, loss=loss)
         step = session.checkpoint.manifest.step

@@ -229,7 +229,7 @@ class EvaluationSpec(Section):
 
 
 class GenerationSpec(Section):
-    """How answers are decoded; flags of `reft infer` and `reft eval` take precedence."""
+    """How answers are decoded; flags of `reft infer`, `reft eval` and `--set generation.KEY=VALUE` win."""
 
     max_new_tokens: PositiveInt = 64
     """Longest answer."""

@@ -65,9 +65,11 @@ def test_the_report_as_json(reft, calls):
 
 def test_flags_reach_the_evaluation(reft, calls):
     words = "--data d.csv --split validation --limit 5 --batch-size 2 --checkpoint 40 --device cpu --model m --loss"
+    words += " --set generation.beams=3 --compile off"
     reft("eval", "runs/s", *words.split(), "--trust-remote-code")
     call = calls[0]
     assert call["run"] == Path("runs/s") and call["base"] == "none" and call["loss"]
+    assert call["generation"] == {"beams": 3, "compile": "off"}
     assert (call["data"], call["split"], call["limit"], call["batch_size"]) == ("d.csv", "validation", 5, 2)
     assert (call["checkpoint"], call["device"], call["model"], call["trust_remote_code"]) == ("40", "cpu", "m", True)
 
@@ -136,6 +138,8 @@ def test_tasks_of_the_harness_take_the_place_of_data(reft, calls):
         ("--tasks a --split test", "--split and --tasks: a task brings its own rows; give one of them"),
         ("--tasks a,,b", "--tasks a,,b: write names with commas between them, for example arc_easy,hellaswag"),
         ("--tasks a --compile on", "--compile and --tasks: tasks are read more than written; leave --compile out"),
+        ("--tasks a --set generation.beams=2", "--set and --tasks: a task says itself how its answers are decoded"),
+        ("--set train.epochs=2", "a trained run takes keys of generation only, such as generation.beams=4"),
         ("--tasks a --loss", "--loss and --tasks: a task has its own scores; leave --loss out"),
         ("--tasks a --processes 2", "--processes: tasks of lm-evaluation-harness run in one process; leave it out"),
         ("--few-shot 2", "--few-shot belongs to --tasks; the run's own data are scored as they were trained"),

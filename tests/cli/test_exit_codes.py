@@ -93,13 +93,13 @@ def test_what_is_there_has_been_changed(
             "error",
             "the GPU failed: CUDA error: uncorrectable",
         ),
-        ("tasks.objectives.CausalLM.loss", MEMORY, "eval runs/s", 5, "memory", "CUDA out of memory"),
+        ("tasks.objectives.CausalLM.loss", MEMORY, "eval runs/s --loss", 5, "memory", "CUDA out of memory"),
         ("generation.decode.Endings.of", MEMORY, "infer runs/s --prompt a", 5, "memory", "CUDA out of memory"),
         ("models.loading.load_config", MEMORY, "eval runs/s", 5, "memory", "CUDA out of memory"),
         ("runfolder.RunFolder.append_metrics", FULL, "train s.yaml --name t", 1, "error", f"runs/t: no space{ONWARD}"),
         ("runfolder.RunFolder.begin", FULL, "train s.yaml --name t", 1, "error", "no space left on device"),
         ("runfolder.RunFolder.evaluation", FULL, "eval runs/s", 1, "error", "no space left on device"),
-        ("tasks.objectives.CausalLM.loss", ZeroDivisionError("oh"), "eval runs/s", 1, "bug", "ZeroDivisionError: oh"),
+        ("generation.decode.Endings.of", ZeroDivisionError("oh"), "eval runs/s", 1, "bug", "ZeroDivisionError: oh"),
     ],
 )
 def test_what_can_happen_to_anybody(
@@ -143,7 +143,7 @@ def test_a_chat_outlives_what_cannot_be_answered(reft, here: Path, monkeypatch: 
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     done = reft("infer", "runs/s", "--chat")
     assert done.code == 0 and done.out.strip()
-    assert "--min-new-tokens: min_new_tokens 9 is more than max_new_tokens 3" in done.err
+    assert "generation.min_new_tokens: min_new_tokens 9 is more than max_new_tokens 3" in done.err
     assert "1e-09 is too near to 0" in done.err
 
 

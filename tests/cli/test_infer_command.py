@@ -76,6 +76,18 @@ def test_json(reft, session):
     assert both["base"]["answer"] == " doog\n" and both["run"]["answer"] == " GOOD\n"
 
 
+def test_any_setting_reaches_the_session_and_flags_win(reft, session):
+    sets = ["generation.beams=3", "generation.stop=[end]", "generation.top_k=4"]
+    reft("infer", "runs/s", "--prompt", "good", *(word for each in sets for word in ("--set", each)), "--top-k", "9")
+    assert session.calls[0]["settings"] == {"beams": 3, "stop": ["end"], "top_k": 9}
+
+
+def test_any_setting_decides_how_a_run_answers(reft, here):
+    sets = ["--set", "generation.max_new_tokens=1", "--set", "generation.beams=2"]
+    done = reft("infer", "runs/s", "--prompt", "aa? ", "--json", "-v", *sets)
+    assert done.json["tokens"] == 1 and "decoded by transformers' generate: beams need" in done.err
+
+
 def test_settings_reach_the_session(reft, session):
     words = "--max-new-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 --checkpoint 40 --device cpu"
     reft("infer", "runs/s", "--prompt", "x", "--raw", *words.split())

@@ -358,7 +358,7 @@ STORED = {"max_new_tokens": 64, "min_new_tokens": 5}
                 "--top-k: input should be greater than or equal to 0 (got -1)",
             ],
         ),
-        ({"stop": [""]}, ["--stop: an empty text would end every answer at once; remove it"]),
+        ({"stop": [""]}, ["generation.stop: an empty text would end every answer at once; remove it"]),
         ({"batch_size": 0}, ["--batch-size: input should be greater than or equal to 1 (got 0)"]),
         ({"seed": "x"}, [f"--seed: x is not a whole number from 0 to {2**63 - 1}"]),
         ({"seed": -1}, [f"--seed: -1 is not a whole number from 0 to {2**63 - 1}"]),
@@ -372,7 +372,9 @@ def test_settings_that_cannot_be(given: dict[str, Any], messages: list[str]):
 
 
 def test_an_unknown_setting_lists_the_known():
-    with pytest.raises(SpecError, match=r"^--tempreature: no such setting; there are max_new_tokens, .*, seed$"):
+    with pytest.raises(
+        SpecError, match=r"^generation.tempreature: no such setting; there are max_new_tokens, .*, seed$"
+    ):
         merge_generation(STORED, {"tempreature": 1.0})
 
 

@@ -1,0 +1,31 @@
+"""`--set generation.key=value` of commands that answer with a trained run: read and checked as in a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from reft_cli.errors import Problem, SpecError
+from reft_cli.spec.overrides import flag_name, override
+from reft_cli.spec.problems import validate
+from reft_cli.spec.schema import GenerationSpec
+from reft_cli.spec.yaml_tree import Node, Origin
+
+SECTION = "generation"
+
+
+def decoding_of(flags: Sequence[str]) -> dict[str, Any]:
+    """The keys of `generation` that these flags give, with their values. SpecError: all that is wrong with them."""
+    problems: list[Problem] = []
+    for flag in flags:
+        section, _, key = flag.partition("=")[0].strip().partition(".")
+        if section != SECTION or not key:
+            hint = f"write --set {SECTION}.{flag}" if section in GenerationSpec.model_fields else None
+            message = f"a trained run takes keys of {SECTION} only, such as {SECTION}.beams=4"
+            problems.append(Origin(flag=flag_name(flag)).problem(message, hint=hint))
+    nowhere = Origin()
+    base = Node({"model": Node("any", nowhere, nowhere, text="any")}, nowhere, nowhere)
+    spec = None if problems else validate(override(base, flags, problems=problems), problems=problems)
+    if spec is None:
+        raise SpecError(*problems)
+    return {key: getattr(spec.generation, key) for key in spec.generation.model_fields_set}
