@@ -73,7 +73,7 @@ def test_the_folder_is_complete(run):
 
 def test_evaluation(reft, run):
     done = reft("eval", run, "--compare-base", "--limit", 4, "--json")
-    assert done.code == 0 and set(done.json["metrics"]) == set(done.json["base_metrics"]) == {"loss", "exact_match"}
+    assert done.code == 0 and set(done.json["metrics"]) == set(done.json["base_metrics"]) == {"exact_match"}
     assert done.json["rows"] == 4 and Path(done.json["path"]).is_file()
 
 
