@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+from reft_cli.environment import git_state
 from reft_cli.errors import DataError, SpecError
 from reft_cli.evaluation.requests import Requests
 from reft_cli.runfolder import RunFolder, finite, write_atomic
@@ -149,14 +151,15 @@ def _run_tasks(
             edited=edited,
             on_progress=observer.on_progress,
         )
-        results: dict[str, Any] = simple_evaluate(
-            model=ReftLM(requests),
-            model_args={"path": str(session.found.checkpoint)},
-            tasks=names,
-            device=str(session.model.device),
-            task_manager=manager,
-            **settings,
-        )
+        with _no_commit_outside_git():
+            results: dict[str, Any] = simple_evaluate(
+                model=ReftLM(requests),
+                model_args={"path": str(session.found.checkpoint)},
+                tasks=names,
+                device=str(session.model.device),
+                task_manager=manager,
+                **settings,
+            )
     results["config"]["reft"] = _facts(session, requests)
     return results
 
@@ -236,3 +239,18 @@ def _quiet() -> Iterator[None]:
     finally:
         tqdm.__init__ = before  # type: ignore[method-assign]
         logger.setLevel(level)
+
+
+@contextmanager
+def _no_commit_outside_git() -> Iterator[None]:
+    """Inside, lm-eval asks git for no commit where there is no repository: git would say so on stderr by itself."""
+    evaluator = sys.modules.get("lm_eval.evaluator")
+    asks = getattr(evaluator, "get_git_commit_hash", None)
+    if evaluator is None or asks is None or git_state(Path.cwd()) is not None:
+        yield
+        return
+    evaluator.get_git_commit_hash = lambda: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks  # type: ignore[attr-defined]

@@ -115,6 +115,16 @@ def test_the_base_scores_as_in_lm_eval_itself(trained, folder):
     assert report.metrics == {}
 
 
+@installed
+def test_nothing_is_said_where_there_is_no_repository(trained, folder, tmp_path, monkeypatch, capfd):
+    run = trained()
+    monkeypatch.chdir(tmp_path)
+    evaluate_tasks(run, tasks=["local_choice"], folder=folder, limit=1, observer=NullObserver())
+    assert "fatal" not in capfd.readouterr().err
+    (results,) = (run / "eval").glob("lm_eval-first_1-step_*/results_*.json")
+    assert json.loads(results.read_text())["git_hash"] is None
+
+
 def test_what_is_kept_is_lm_evals_own_format(harness, trained, folder):
     run = trained("intervention.rank=3")
     report = scored(run, ["local_*ing", "local_choice"], folder, base="compare", limit=3)
