@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1] / "configs"
 FILES = sorted(ROOT.rglob("*.yaml"))
 BUNDLED = [path for path in FILES if load_spec(path).spec.model.name.startswith("bundled:")]
 PUBLISHED = [path for path in FILES if path.parent.name in ("commonsense", "arithmetic", "instruct", "glue")]
-MEASURED = re.compile(r"^# (Measured here: |A starting point)", flags=re.MULTILINE)
+MEASURED = re.compile(r"^# (Measured( here)?: |A starting point)", flags=re.MULTILINE)
 
 
 def test_there_are_specs():
@@ -27,10 +28,13 @@ def test_there_are_specs():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_spec_loads_and_names_its_command(path: Path):
+def test_spec_loads_and_names_its_command_and_what_was_measured(path: Path):
     spec = load_spec(path).spec
     assert spec.data.train is not None
-    assert path.read_text().startswith(f"# reft train configs/{path.relative_to(ROOT)}\n")
+    command, *lines = path.read_text().splitlines()
+    assert command == f"# reft train configs/{path.relative_to(ROOT)}"
+    header = list(takewhile(lambda line: line.startswith("# "), lines))
+    assert path.parent.name == "debug" or MEASURED.search("\n".join(header))
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(ROOT)))
