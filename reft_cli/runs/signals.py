@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop or to save, noted when they come and agreed on by all processes after each step."""
+"""Signals that ask a run to stop or to save, noted when they come and agreed on by all processes after each step.
+
+A validation is cut short by the first process that has one: its Interrupted is shared like any failure.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from reft_cli.errors import Interrupted
 from reft_cli.parallel.collective import largest, size
 
 SAVE = getattr(signal, "SIGUSR1", None)
@@ -32,10 +36,15 @@ class StopSignals:
             self.save = False
         return number or None
 
+    def stop(self, done: int = 0, total: int = 0) -> None:
+        """To be called where work is under way. Interrupted: this process was asked to stop."""
+        if self.received is not None:
+            raise Interrupted(f"stopped by {signal.Signals(self.received).name}", signal=self.received)
+
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """SIGINT and SIGTERM are noted, and the run stops after the step it is in; a second one ends it at once.
+    """SIGINT and SIGTERM are noted, and the run stops after its step or in a validation; a second one ends it at once.
 
     One of several processes takes what comes within a second of the first for the same: schedulers send a signal to
     every process, and launchers pass it on besides.

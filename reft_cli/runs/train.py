@@ -242,7 +242,7 @@ class _Work:
             accelerator=self.accelerator,
             observer=self.observer,
             hooks=Hooks(
-                validate=self._validate if self.data.validation is not None else None,
+                validate=(lambda: self._validate(signals)) if self.data.validation is not None else None,
                 save=self._save,
                 mark_best=lambda step: by_first(lambda: self.run.link("best", self.run.checkpoint(step))),
                 log=self._log,
@@ -315,7 +315,9 @@ class _Work:
             best_metric=best,
         )
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, signals: StopSignals) -> dict[str, float]:
+        """Scores of the validation rows. Interrupted: a signal came; the parts of a sharded base run on, in step."""
+        stop = None if self.model.is_sharded else signals.stop
         assert self.data.validation is not None
         examples = self.data.validation.examples
         generation = self.spec.generation
@@ -328,7 +330,8 @@ class _Work:
             tied=self.spec.intervention.tied,
             references=self.references,
         )
-        return evaluator.run(self.model, examples, prompts=without_answers(examples)).metrics
+        prompts = without_answers(examples)
+        return evaluator.run(self.model, examples, prompts=prompts, on_progress=stop).metrics
 
     def _save(self, progress: Progress, state: dict[str, Tensor]) -> None:
         path = self.run.checkpoint(progress.step)

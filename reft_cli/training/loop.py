@@ -74,6 +74,7 @@ class TrainSettings:
 class Hooks:
     """What the loop calls and does not know: validation, saving, and a signal: SIGUSR1 saves, others save and stop.
 
+    Interrupted may come out of `validate`, if a signal came while it was at work.
     Each is called in every process, but for `unrecorded`: where and when passes turn out not to be recordable.
     `last_good` names what was saved before the losses from a step on went wrong.
     """
@@ -197,6 +198,10 @@ class Trainer:
                 yield
 
     def _loop(self) -> str:
+        if self.progress.validation_is_due:
+            save = self._due(self.settings.save_every) or self.progress.step == self.steps
+            if self._settle(validate=True, save=save, signal=None):
+                return "patience"
         with self.loader.ahead(self._batches_left()) as batches:
             started = time.perf_counter()
             for batch in batches:
@@ -273,14 +278,33 @@ class Trainer:
             self._look_at_losses(norm)
         if report:
             self._report_step(norm, rate)
-        best = validate and self._validate()
-        if save or last or signal or best:
+        return self._settle(validate=validate, save=save or last, signal=signal)
+
+    def _settle(self, *, validate: bool, save: bool, signal: int | None) -> bool:
+        """Validate, save and stop, as far as each is asked for. True: patience has run out.
+
+        A validation may take longer than a scheduler waits: a signal cuts it short, and resuming makes it anew.
+        """
+        progress, asked = self.progress, signal if signal and Signals(signal).name != "SIGUSR1" else None
+        try:
+            if validate and asked:
+                raise self._interrupted(asked)
+            best = validate and self._validate()
+        except Interrupted as stopped:
+            progress.validation_is_due = True
+            self._save()
+            raise self._interrupted(stopped.signal) from None
+        progress.validation_is_due = False
+        if save or signal or best:
             self._save()
         if best:
-            self.hooks.mark_best(step)
-        if signal and not last and Signals(signal).name != "SIGUSR1":
-            raise Interrupted(f"stopped by {Signals(signal).name} at step {step}", signal=signal)
-        return bool(self.settings.patience) and self.progress.bad_validations >= (self.settings.patience or 0)
+            self.hooks.mark_best(progress.step)
+        if asked and progress.step < self.steps:
+            raise self._interrupted(asked)
+        return bool(self.settings.patience) and progress.bad_validations >= (self.settings.patience or 0)
+
+    def _interrupted(self, signal: int) -> Interrupted:
+        return Interrupted(f"stopped by {Signals(signal).name} at step {self.progress.step}", signal=signal)
 
     def _due(self, every: int | Literal["epoch", "never"]) -> bool:
         step = self.progress.step

@@ -31,6 +31,8 @@ class Progress:
     best_step: int | None = None
     bad_validations: int = 0
     """Validations since the best one."""
+    validation_is_due: bool = False
+    """Whether a signal cut this step's validation short."""
     first_loss: float | None = None
     """Median of the first five; a loss below it is no explosion."""
     recent_losses: list[float] = field(default_factory=list)

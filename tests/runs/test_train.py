@@ -29,6 +29,7 @@ from reft_cli.errors import (
     SpecError,
 )
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.runs.signals import StopSignals
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.tasks.objectives import CausalLM
 from reft_cli.training.observer import NullObserver, StepRecord
@@ -145,6 +146,38 @@ def test_interrupted_and_resumed_is_bitwise_the_whole(
     for name in ("interventions.safetensors", "training.safetensors"):
         assert (resumed.run / "last" / name).read_bytes() == (whole.run / "last" / name).read_bytes()
     assert metrics(whole.run) == metrics(resumed.run)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "classification", "last step"])
+def test_a_signal_cuts_a_validation_short_and_resuming_makes_it(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observer, kind: str
+):
+    """The signal comes while the first row is scored; schedulers do not wait for the others."""
+    sets = ("task.kind=classification", "data.template=null", "task.metric=null") if kind == "classification" else ()
+    spec = make_spec(*sets, *(("evaluation.every=6",) if kind == "last step" else ()))
+    whole = train(spec, tmp_path / "whole")
+    stop, calls = StopSignals.stop, 0
+
+    def stopping(signals: StopSignals, done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        signal.raise_signal(signal.SIGTERM)
+        stop(signals, done, total)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StopSignals, "stop", stopping)
+        step = 6 if kind == "last step" else 3
+        with pytest.raises(Interrupted, match=f"^stopped by SIGTERM at step {step}$"):
+            train(spec, tmp_path / "cut", observer=observer)
+    assert calls == 1 and not observer.evaluations
+    assert not any("validation_loss" in line for line in metrics(tmp_path / "cut"))
+    resumed = train(spec, tmp_path / "cut", resume="last")
+    assert (resumed.step, resumed.reason, resumed.metrics) == (whole.step, whole.reason, whole.metrics)
+    assert metrics(whole.run) == metrics(resumed.run)
+    for link in ("best", "last"):
+        assert (resumed.run / link).resolve().name == (whole.run / link).resolve().name
+        for name in ("interventions.safetensors", "training.safetensors"):
+            assert (resumed.run / link / name).read_bytes() == (whole.run / link / name).read_bytes()
 
 
 def test_resume_from_a_step(make_spec: MakeSpec, tmp_path: Path):
