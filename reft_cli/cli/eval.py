@@ -52,7 +52,8 @@ def evaluate(
     loss: Annotated[bool, typer.Option("--loss", help="Read the loss too where answers are generated.")] = False,
     fail_under: options.FailUnder = [],  # noqa: B006  Typer reads the default and never hands it out
     processes: Annotated[
-        int | None, typer.Option("--processes", help="Share the rows out over N processes, one a GPU.", min=1)
+        int | None,
+        typer.Option("--processes", help="Share the rows out over N processes; without it, one a GPU.", min=1),
     ] = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -67,7 +68,7 @@ def evaluate(
     gates = [_gate(text) for text in fail_under]
     which = _which(base=base, compare=compare_base)
     decoding = _decoding(sets, compile=compile)
-    _share_out(processes or 1, device=device, device_map=device_map, tasks=tasks)
+    _share_out(processes, device=device, device_map=device_map, tasks=tasks)
     with importing():
         from reft_cli import runs
 
@@ -104,13 +105,14 @@ def _decoding(sets: list[str], *, compile: str | None) -> dict[str, Any]:
     return decoding_of(sets) | ({} if compile is None else {"compile": compile})
 
 
-def _share_out(processes: int, *, device: str | None, device_map: str | None, tasks: str | None) -> None:
+def _share_out(processes: int | None, *, device: str | None, device_map: str | None, tasks: str | None) -> None:
     """Go on in each of several processes; the one that started them ends with their code."""
-    if processes > 1 and tasks is not None:
+    if (processes or 1) > 1 and tasks is not None:
         raise SpecError("--processes: tasks of lm-evaluation-harness run in one process; leave it out")
-    if processes > 1 and device_map is not None:
+    if (processes or 1) > 1 and device_map is not None:
         raise SpecError("--device-map: one process takes all devices; leave out --processes")
-    outcome = as_several(processes, device=device or "auto")
+    alone = tasks is not None or device_map is not None
+    outcome = as_several(processes or (1 if alone else "auto"), device=device or "auto")
     if outcome is not None:
         raise SystemExit(outcome.code)
 

@@ -106,6 +106,24 @@ def test_flags_that_cannot_be_are_refused_before_any_work(reft, calls, words, sa
     assert done.code == 2 and said in done.err and not calls
 
 
+@pytest.mark.parametrize(
+    ("words", "processes", "device"),
+    [
+        ("", "auto", "auto"),
+        ("--device cuda", "auto", "cuda"),
+        ("--processes 2", 2, "auto"),
+        ("--processes 1", 1, "auto"),
+        ("--device-map auto", 1, "auto"),
+        ("--tasks a", 1, "auto"),
+    ],
+)
+def test_rows_are_shared_out_over_the_gpus_that_there_are(reft, calls, monkeypatch, words, processes, device):
+    asked = []
+    monkeypatch.setattr("reft_cli.cli.eval.as_several", lambda *given, **how: asked.append((*given, how)))
+    reft("eval", "runs/s", *words.split())
+    assert asked == [(processes, {"device": device})] and len(calls) == 1
+
+
 def test_a_gate_for_a_score_that_there_is_not(reft, calls):
     done = reft("eval", "runs/s", "--fail-under", "f1=0.5")
     assert done.code == 2 and "--fail-under f1: no such score; there are loss, accuracy" in done.err

@@ -122,6 +122,18 @@ def test_parts_hold_no_hooked_module():
     assert block.mlp not in inside and block.mlp.down_proj in inside and block.self_attn in inside
 
 
+def test_nothing_that_is_compiled_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch):
+    """Padded: on a CPU packed attention reads where sequences end, which a GPU's kernels do not."""
+    compile_with, counters = torch.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend="aot_eager", dynamic=True))
+    model = intervened("llama")
+    counters.clear()
+    with model, model.compiling():
+        for _ in range(2):
+            found(model, TASKS["causal_lm"].loss, "padded")
+    assert counters["stats"]["unique_graphs"] > 4 and not counters["graph_break"]
+
+
 def test_compiled_blocks_and_edits_train_like_plain_ones(monkeypatch: pytest.MonkeyPatch):
     """With torch's own interpreter behind the compiler: what is traced and cut is tested, not the code generator."""
     compile_with = torch.compile
