@@ -107,5 +107,8 @@ Compile = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of the sampling.", min=0, metavar="N")]
 Samples = Annotated[
-    int, typer.Option("--samples", help="Answers to each prompt; with a temperature.", min=1, metavar="N")
+    int,
+    typer.Option(
+        "--samples", help="Answers to each prompt; with a temperature, or the best beams.", min=1, metavar="N"
+    ),
 ]

@@ -79,12 +79,26 @@ class Decoder:
             with merge.merged() if merge is not None else nullcontext():
                 yield from slots.run(requests, merged=merge is not None)
             return
-        size = batch_size or BATCH
-        for start in range(0, len(requests), size):
-            batch = requests[start : start + size]
-            found = generate(self.model, self.stack, batch, tokenizer=self.tokenizer, decoding=decoding)
-            for index, tokens in enumerate(found, start=start):
-                yield Progressed(index, tokens, done=True)
+        yield from self._whole(requests, decoding=decoding, size=batch_size or BATCH)
+
+    def _whole(
+        self, requests: Sequence[Request], *, decoding: Decoding, size: int
+    ) -> Generator[Progressed, None, None]:
+        """By transformers' `generate`. Several answers without sampling are the best beams of one search."""
+        searches: dict[tuple[tuple[int, ...], int, int], list[int]] = {}
+        for index, each in enumerate(requests):
+            draw = each.sample if decoding.temperature > 0 else 0
+            searches.setdefault((tuple(each.prompt), each.member, draw), []).append(index)
+        shared = list(searches.values())
+        for start in range(0, len(shared), size):
+            batch = shared[start : start + size]
+            firsts = [requests[indices[0]] for indices in batch]
+            ranks = [[0 if decoding.temperature > 0 else requests[index].sample for index in each] for each in batch]
+            best = 1 + max(max(each) for each in ranks)
+            found = generate(self.model, self.stack, firsts, tokenizer=self.tokenizer, decoding=decoding, best=best)
+            for row, (indices, places) in enumerate(zip(batch, ranks, strict=True)):
+                for index, place in zip(indices, places, strict=True):
+                    yield Progressed(index, found[row * best + place], done=True)
 
     def answers(
         self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int | None

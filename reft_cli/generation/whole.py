@@ -98,20 +98,25 @@ def generate(
     *,
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
+    best: int = 1,
     streamer: TextPieces | None = None,
 ) -> list[list[int]]:
-    """New tokens of one left-padded batch; they may go on after their end."""
+    """New tokens of one left-padded batch, of so many of the best beams of each request in turn; they may go on after
+    their end.
+    """
     width = max(len(request.prompt) for request in requests)
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (width - len(each.prompt)) + list(each.prompt) for each in requests])  # [B, W]
     mask = torch.tensor([[0] * (width - len(each.prompt)) + [1] * len(each.prompt) for each in requests])
     if decoding.temperature > 0:
         torch.manual_seed(decoding.seed)
+    config = config_of(decoding, model, tokenizer)
+    config.num_return_sequences = best
     with edits_while_generating(model, stack, requests):
         output: Tensor = model.generate(  # type: ignore[operator]  # nn.Module's __getattr__ hides the method
             input_ids=ids.to(entry_device(model)),
             attention_mask=mask.to(entry_device(model)),
-            generation_config=config_of(decoding, model, tokenizer),
+            generation_config=config,
             tokenizer=tokenizer if decoding.stop else None,
             streamer=streamer,
         )

@@ -84,9 +84,9 @@ class Session:
     ) -> Iterator[dict[Model, list[Answer]]]:
         """For each prompt, in order and as soon as they are known, the answers of each model; all decode in one batch.
 
-        `settings` are keys of the spec's `generation` and `seed`; `samples`: how many answers of each model; `raw`:
-        prompts are used as they are. A classifier answers with the name of the class, a regression with the number.
-        SpecError: several samples of what always answers the same.
+        `settings` are keys of the spec's `generation` and `seed`; `samples`: how many answers of each model, without
+        sampling the best beams; `raw`: prompts are used as they are. A classifier answers with the name of the class, a
+        regression with the number. SpecError: several samples of what always answers the same.
         """
         self._check_samples(samples, settings)
         examples = self._encode(prompts, raw=raw)
@@ -109,7 +109,10 @@ class Session:
 
     def _check_samples(self, samples: int, settings: Mapping[str, Any]) -> None:
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
-        if samples > 1 and (not self.text.writes or decoding.temperature == 0):
+        if samples > 1 and self.text.writes and decoding.temperature == 0 < decoding.beams - 1:
+            if samples > decoding.beams:
+                raise SpecError(f"--samples {samples}: a search with {decoding.beams} beams has no more answers")
+        elif samples > 1 and (not self.text.writes or decoding.temperature == 0):
             raise SpecError(f"--samples {samples}: without a --temperature above 0 they would all be the same")
 
     def stream(

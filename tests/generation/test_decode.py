@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, prompt, recomputed, tokens
+from tiny_decoding import GREEDY, POSITIONS, PROMPTS, TOKENIZER, intervened, prompt, recomputed, step_logits, tokens
 
 from reft_cli.data.encode import Example
 from reft_cli.errors import ModelError
+from reft_cli.generation import decode
 from reft_cli.generation.decode import Decoder, requests_of
-from reft_cli.generation.settings import Answer, Decoding
+from reft_cli.generation.settings import Answer, Decoding, Request
 from reft_cli.models import compiling
+from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
 from tiny_models import base_of, byte_tokenizer
 
@@ -61,6 +63,32 @@ def test_beams_equal_beams_without_a_cache(positions: str):
     assert tokens(model, PROMPTS, positions, beams, way="whole") == tokens(
         model, PROMPTS, positions, replace(beams, use_cache=False), way="whole"
     )
+
+
+def test_the_best_beams_are_several_answers_of_one_search(monkeypatch: pytest.MonkeyPatch):
+    model, beams, calls = intervened("all"), replace(GREEDY, beams=3, max_new_tokens=4, min_new_tokens=4), []
+    search = decode.generate
+    monkeypatch.setattr(decode, "generate", lambda *given, **how: calls.append(len(given[2])) or search(*given, **how))
+    decoder = Decoder.of(model, Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER)
+    requests = [Request(each.input_ids, sample=sample) for each in PROMPTS[2:] for sample in (0, 1, 2)]
+    found = list(decoder.progress(requests, decoding=beams, batch_size=2))
+    (alone,) = decoder.progress(requests[:1], decoding=beams, batch_size=2)
+    assert calls == [2, 1, 1] and [each.index for each in found] == list(range(9))
+    assert found[0].tokens == alone.tokens
+    for example, start in zip(PROMPTS[2:], (0, 3, 6), strict=True):
+        three = [each.tokens for each in found[start : start + 3]]
+        likely = [likelihood(model, example, "all", each) for each in three]
+        assert len({tuple(each) for each in three}) == 3 and likely == sorted(likely, reverse=True)
+
+
+def likelihood(model: IntervenedModel, prompt: Example, positions: str, answer: list[int]) -> float:
+    """Log-probability of an answer, each token read with all before it."""
+    ids = list(prompt.input_ids)
+    steps = [
+        step_logits(model, ids + answer[:count], len(ids), positions).log_softmax(-1)[token]
+        for count, token in enumerate(answer)
+    ]
+    return float(torch.stack(steps).sum())
 
 
 def answers(decoder: Decoder, prompts: list[Example], decoding: Decoding, *, member: int = 1) -> list[Answer]:

@@ -211,6 +211,16 @@ def test_samples_are_several_answers_of_which_the_first_is_the_answer(run: Path)
             session.answers(["good"], settings={}, samples=2)
 
 
+def test_samples_of_a_search_are_its_best_beams(run: Path):
+    with runs.open_run(run) as session:
+        beams = {"beams": 3, "max_new_tokens": 5, "min_new_tokens": 5}
+        found = list(session.answers(["good", "bad"], settings=beams, models=["base", "run"], samples=3))
+        assert [each["run"][0] for each in found] == session.answer(["good", "bad"], settings=beams)
+        assert all(len({answer.text for answer in each[model]}) > 1 for each in found for model in ("base", "run"))
+        with pytest.raises(SpecError, match="--samples 4: a search with 3 beams has no more answers"):
+            session.answers(["good"], settings=beams, samples=4)
+
+
 def test_the_hooks_are_the_session_s_and_go_with_it(run: Path):
     session = runs.open_run(run)
 
