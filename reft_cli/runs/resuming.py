@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from reft_cli.checkpoint import Checkpoint, read_checkpoint, read_training_state
 from reft_cli.errors import CheckpointError, DataError, SpecError
-from reft_cli.runfolder import RunFolder
+from reft_cli.runfolder import RunFolder, step_of
 from reft_cli.spec.load import load_spec
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import Spec
@@ -85,16 +86,31 @@ class Start:
     checkpoint: Checkpoint
     tensors: dict[str, Tensor]
     progress: Progress
+    refused: CheckpointError | None = None
+    """What is wrong with a newer checkpoint that was passed over."""
 
 
 def starting_point(run: RunFolder, which: str) -> Start | None:
-    """Where to go on: `last` or a step; None for `last` of a run that was killed before its first checkpoint.
+    """Where to go on: a step, or `last`, the newest whole checkpoint; None for `last` of a run that has none yet.
 
-    CheckpointError: there is none of that name, or it is damaged.
+    CheckpointError: there is none of that name, or it is damaged, for `last` as all before it are.
     """
-    if which == "last" and not run.checkpoints():
-        return None
-    checkpoint = read_checkpoint(run.select(which))
+    if which != "last":
+        return _start_from(run.select(which))
+    newest = step_of(run.select(which)) if run.checkpoints() else 0
+    refused: CheckpointError | None = None
+    for path in reversed([path for path in run.checkpoints() if step_of(path) <= newest]):
+        try:
+            return replace(_start_from(path), refused=refused)
+        except CheckpointError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    return None
+
+
+def _start_from(path: Path) -> Start:
+    checkpoint = read_checkpoint(path)
     tensors, state = read_training_state(checkpoint)
     try:
         progress = TypeAdapter(Progress).validate_json(json.dumps(state), strict=True)

@@ -221,10 +221,14 @@ class _Work:
         """Where to go on, if the run may. Nothing is written; if it may not, the folder is let go of."""
         try:
             check_same_run(self.run, self.spec, self.data.fingerprints, self.observer)
-            return starting_point(self.run, which)
+            start = starting_point(self.run, which)
         except ReftError:
             self.run.release()
             raise
+        if start is not None and start.refused is not None:
+            told = f"{start.refused}; passed over for the newest whole one, of step {start.progress.step}"
+            self.observer.on_message("warning", told)
+        return start
 
     def train(self, start: Start | None, *, signals: StopSignals) -> TrainResult:
         """Run the loop from a start to its end and close the folder's books."""

@@ -24,7 +24,7 @@ from reft_cli.checkpoint import Manifest, read_checkpoint
 from reft_cli.cli.app import main
 from reft_cli.errors import ReftError, exit_code
 from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_tokenizer
-from reft_cli.runfolder import RunFolder, find
+from reft_cli.runfolder import RunFolder, find, step_of
 from reft_cli.runs.assemble import build_from_checkpoint, build_from_spec, manifest_positions
 from reft_cli.runs.resuming import check_same_run, starting_point
 from reft_cli.runs.texts import text_side_of
@@ -66,7 +66,8 @@ class World:
         text_side_of(stored.manifest.text, tokenizer=self.tokenizer, positions=manifest_positions(stored.manifest))
         build_from_checkpoint(self.base, stored)
         check_same_run(folder, self.spec.spec, {}, NullObserver())
-        start = starting_point(folder, "last")
+        starting_point(folder, "last")  # which may take an older one
+        start = starting_point(folder, str(step_of(folder.select("last"))))
         assert start is not None
         model = build_from_checkpoint(self.base, start.checkpoint)
         fresh = build_from_spec(self.base, self.spec.spec)

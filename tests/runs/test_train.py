@@ -327,6 +327,23 @@ def test_a_damaged_training_state_is_refused(make_spec: MakeSpec, tmp_path: Path
         train(make_spec(), tmp_path / "run", resume="last")
 
 
+def test_resuming_takes_the_newest_whole_checkpoint(make_spec: MakeSpec, tmp_path: Path, observer):
+    spec = make_spec("checkpoint.every=2", "checkpoint.keep=9", "evaluation.every=never")
+    whole = train(spec, tmp_path / "whole")
+    run = Path(shutil.copytree(whole.run, tmp_path / "run", symlinks=True))
+    weights = run / "checkpoints/step_000006/interventions.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    (run / "checkpoints/step_000004/training.json").unlink()
+    resumed = train(spec, run, resume="last", observer=observer)
+    (told,) = [text for text in observer.messages if "passed over" in text]
+    assert told.startswith(f"{weights}: damaged") and told.endswith("passed over for the newest whole one, of step 2")
+    assert metrics(resumed.run) == metrics(whole.run)
+    same_end(resumed.run, whole.run)
+    (run / "checkpoints/step_000004/training.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no training\.json"):  # that one was asked for
+        train(spec, run, resume="4")
+
+
 class Failing(NullObserver):
     """Ends the run at a step with an error."""
 
@@ -378,7 +395,7 @@ def test_a_resume_that_is_refused_leaves_the_record_and_the_lock(make_spec: Make
         train(make_spec("train.seed=1"), run, resume="last")
     (run / "last" / "reft.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
-        train(make_spec(), run, resume="last")
+        train(make_spec(), run, resume="6")
     assert (run / "run.json").read_text() == before
     assert run.resolve() not in runfolder._locks
 
