@@ -109,11 +109,13 @@ class Session:
 
     def _check_samples(self, samples: int, settings: Mapping[str, Any]) -> None:
         decoding, _ = merge_generation(self.checkpoint.manifest.generation, settings)
-        if samples > 1 and self.text.writes and decoding.temperature == 0 < decoding.beams - 1:
-            if samples > decoding.beams:
-                raise SpecError(f"--samples {samples}: a search with {decoding.beams} beams has no more answers")
-        elif samples > 1 and (not self.text.writes or decoding.temperature == 0):
+        if samples == 1 or (self.text.writes and decoding.temperature > 0):
+            return
+        beams = decoding.beams if self.text.writes else 1
+        if beams == 1:
             raise SpecError(f"--samples {samples}: without a --temperature above 0 they would all be the same")
+        if samples > beams:
+            raise SpecError(f"--samples {samples}: a search with {beams} beams has no more answers")
 
     def stream(
         self, prompt: str | Fields, *, settings: Mapping[str, Any], base: bool = False, raw: bool = False
