@@ -175,10 +175,18 @@ def test_a_signal_saves_says_how_to_go_on_and_keeps_stdout_clean(here: Path, num
     assert (record["status"], record["exit_code"]) == ("interrupted", 128 + number)
 
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no",
+}
+
+
 @pytest.mark.slow
-def test_torchrun(here: Path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(here: Path, launcher: str):
     words = ["-m", "reft_cli", "train", "s.yaml", "--name", "t", "--set", "model.device=cpu"]
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    program = [sys.executable, "-m", *LAUNCHERS[launcher].split(), *words]
     assert subprocess.run(program, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=False).returncode == 0
     assert RunFolder("runs/t").read()["processes"] == 2
 
