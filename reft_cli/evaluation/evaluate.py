@@ -116,7 +116,7 @@ class Evaluator:
     ) -> Evaluation:
         metrics: dict[str, float] = {}
         if self.reads_loss or not self.generates:
-            metrics["loss"] = self.mean_loss(model, examples, edited=edited)
+            metrics["loss"] = self._mean_loss(model, examples, edited, tell)
         samples: list[dict[str, Any]] = [
             {"row": each.row, "prompt": each.prompt, "reference": _reference(each)} for each in examples
         ]
@@ -234,13 +234,15 @@ class Evaluator:
         return Evaluation(metrics, samples)
 
     @torch.inference_mode()
-    def mean_loss(self, model: IntervenedModel, examples: Sequence[Example], *, edited: bool = True) -> float:
-        """The objective's mean over all units of these rows."""
-        task, loss = task_of(self.kind, beta=self.beta), 0.0
+    def _mean_loss(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> float:
+        """The objective's mean over all units of these rows; rows that are answered next count as none done."""
+        task, loss, read = task_of(self.kind, beta=self.beta), 0.0, 0
         with together():
-            for _, batch in self._batches(model, share(examples, cost=tokens_of)):
+            for chosen, batch in self._batches(model, share(examples, cost=tokens_of)):
                 with model.editing(batch.rows if edited else None):
                     loss += float(task.loss(model, batch))
+                read += 0 if self.generates else len(chosen)
+                tell(min(read * size(), len(examples)), len(examples))
         return total(loss) / task.units(examples)
 
     def _batches(self, model: IntervenedModel, examples: Sequence[Example]) -> Iterator[tuple[list[Example], Batch]]:

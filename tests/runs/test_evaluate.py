@@ -148,7 +148,7 @@ def test_generation_can_be_changed(run: Path):
 
 def test_answers_are_scored_without_reading_the_loss(run: Path, monkeypatch: pytest.MonkeyPatch):
     both, read = evaluate(run, base="compare", loss=True), []
-    monkeypatch.setattr(Evaluator, "mean_loss", lambda *given, **how: read.append(given))
+    monkeypatch.setattr(Evaluator, "_mean_loss", lambda *given, **how: read.append(given))
     report = evaluate(run, base="compare")
     assert list(report.metrics) == list(report.base_metrics) == ["exact_match"] and not read
     assert report.metrics | {"loss": both.metrics["loss"]} == both.metrics

@@ -148,12 +148,13 @@ def test_interrupted_and_resumed_is_bitwise_the_whole(
     assert metrics(whole.run) == metrics(resumed.run)
 
 
-@pytest.mark.parametrize("kind", ["causal_lm", "classification", "last step"])
+@pytest.mark.parametrize("kind", ["causal_lm", "loss", "classification", "last step"])
 def test_a_signal_cuts_a_validation_short_and_resuming_makes_it(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observer, kind: str
 ):
     """The signal comes while the first row is scored; schedulers do not wait for the others."""
     sets = ("task.kind=classification", "data.template=null", "task.metric=null") if kind == "classification" else ()
+    sets = ("task.metric=loss",) if kind == "loss" else sets
     spec = make_spec(*sets, *(("evaluation.every=6",) if kind == "last step" else ()))
     whole = train(spec, tmp_path / "whole")
     stop, calls = StopSignals.stop, 0
