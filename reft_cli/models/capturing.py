@@ -38,10 +38,10 @@ def capture(
     try:
         with recording:
             run()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
         torch.cuda.set_stream(now)  # a recording that fails leaves its own behind
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise NotCaptured(first_reason(error)) from error
     return graph
 

@@ -12,13 +12,12 @@ from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
 from reft_cli.data.examples import Example, Examples
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
-from reft_cli.runs.memory import memory_parts_of
+from reft_cli.runs.memory import RECORDED, memory_parts_of
 from reft_cli.tasks.objectives import Task
 from reft_cli.training.budget import is_out_of_memory
 from reft_cli.training.passes import longest_recorded
 
 QUICK = 2e12  # operations of a pass that may be tried on a CPU: some tens of seconds
-RECORDED = 1.4  # graphs of several sizes beside each other hold more than one pass (one H200, Llama-3.2-1B's shape)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ and an MLP of m, a token keeps b = 8 d bytes (two norms in float32) and s (2 H +
 (queries, keys, values, attended; gate, its SiLU, up); the last block's MLP runs at answers only. Attention that forms
 no scores is linear in the tokens. The last block's backward pass begins with everything still kept, and holds five
 float32 copies of the hidden states in a norm, and their gradient. Under checkpointing a block is computed again, b, and
-the gradients of its MLP are held beside it, 3 m s. What compiling saves, and what recording costs (runs/estimate.py),
-was measured on one H200 (scripts/bench/memory.py).
+the gradients of its MLP are held beside it, 3 m s. What compiling saves, and what recording costs, was measured on one
+H200 (scripts/bench/memory.py).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ NORM = 22  # bytes a number of a hidden state: what a norm's backward pass holds
 MLP = 0.63  # of what a block keeps is its MLP's, whose gradients are as large; 0.62 and 0.64 in Llama's shapes
 HEAD = 6  # bytes a number of a hidden state: answers before the logits, and their gradient
 COMPILED = 0.67  # of what is kept is kept by compiled blocks
+RECORDED = 1.4  # graphs of several sizes beside each other hold more than one pass (one measurement, Llama-3.2-1B)
 ROOM = 0.85  # of the free memory that a first guess fills; the allocator loses some
 ADAM = 4  # tensors for each trained one: itself, its gradient, two moments
 
@@ -110,12 +111,16 @@ def memory_parts_of(
     return memory_parts(model, task, batch, packed=layout == "packed", checkpointing=checkpointing, compiled=compiled)
 
 
-def first_budget(limit: int, parts: MemoryParts, devices: Sequence[torch.device]) -> int:
-    """Tokens of a pass to try first: `limit`, or what the free memory of the fullest GPU of any process may hold."""
+def first_budget(limit: int, parts: MemoryParts, devices: Sequence[torch.device], *, recorded: bool) -> int:
+    """Tokens of a pass to try first: `limit`, or what the free memory of the fullest GPU of any process may hold.
+
+    Passes that will be `recorded` leave room for that.
+    """
     if devices[0].type != "cuda":
         return limit
     torch.cuda.empty_cache()
-    return smallest(min(limit, parts.tokens_in(min(torch.cuda.mem_get_info(each)[0] for each in devices))))
+    free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
+    return smallest(min(limit, parts.tokens_in(int(free / (RECORDED if recorded else 1)))))
 
 
 def _parts_of(module: nn.Module) -> Iterator[Tensor]:

@@ -280,7 +280,9 @@ class _Work:
                 checkpointing=self.spec.train.gradient_checkpointing,
                 compiled=self.execution.compiled,
             )
-            self.token_budget = first_budget(self.token_budget, parts, self.model.devices)
+            self.token_budget = first_budget(
+                self.token_budget, parts, self.model.devices, recorded=self.execution.recorded
+            )
 
     def _fit(self, trainer: Trainer) -> None:
         """Settle how many tokens a pass may have, and write it down for a resumed run."""

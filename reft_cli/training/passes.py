@@ -81,7 +81,8 @@ class RecordedPasses:
     """Passes as CUDA graphs, one for each size of batch; a size is run as it comes once, then recorded.
 
     `prepare` fills batches up, so that there are few sizes, and leaves those that are too long to be worth it. A model
-    that cannot be recorded, say because its router looks at values on the host, runs as it comes; `tell` is told why.
+    that cannot be recorded, say because its router looks at values on the host, runs as it comes, and so does one whose
+    recordings do not fit beside each other; `tell` is told why.
     """
 
     def __init__(
@@ -112,10 +113,19 @@ class RecordedPasses:
         try:
             self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
         except NotCaptured as reason:
-            self.refused = True
-            self.tell(f"this model cannot be recorded: {reason}")
+            self._refuse(f"this model cannot be recorded: {reason}")
+            return self._plain(batch, units)
+        except torch.OutOfMemoryError:
+            self._refuse(f"there is too little memory to record more than {len(self._recordings)} sizes of passes")
             return self._plain(batch, units)
         return self._recordings[size].replay(batch, units)
+
+    def _refuse(self, reason: str) -> None:
+        """Run everything as it comes from now on, with the memory that recordings held."""
+        self.refused = True
+        self._recordings.clear()
+        torch.cuda.empty_cache()
+        self.tell(reason)
 
     def _is_long(self, batch: Batch) -> bool:
         ids = batch.inputs["input_ids"]

@@ -18,6 +18,7 @@ from reft_cli.models.loading import BaseModel, shape_hash
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import TASKS
 from reft_cli.tasks.preferences import Preference
+from reft_cli.training import passes
 from reft_cli.training.frozen_cache import CachedPasses
 from reft_cli.training.passes import Passes, PlainPasses, RecordedPasses
 from reft_cli.training.reference import ReferencePasses
@@ -236,3 +237,20 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_comes():
     assert recorded.refused and len(said) == 1
     assert said[0].startswith("this model cannot be recorded: CUDA error")
     assert "previous error" not in said[0], "the first one says what it was"
+
+
+def test_recordings_that_do_not_fit_are_given_up(monkeypatch: pytest.MonkeyPatch):
+    model, said = intervened(base_of("Llama", torch.bfloat16)), []
+    recorded, plain = RecordedPasses(model, TASK, pad_token_id=1, tell=said.append), plain_passes(model)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(passes, "_Recording", full)
+    with packed(model):
+        for _ in range(3):
+            for batch in batches():
+                torch.testing.assert_close(
+                    found(model, recorded, batch), found(model, plain, batch), rtol=2e-2, atol=2e-3
+                )
+    assert recorded.refused and said == ["there is too little memory to record more than 0 sizes of passes"]
