@@ -244,9 +244,16 @@ class RunFolder:
         check_kinds(found, {"step": int}, where=where)
         return found
 
-    def truncate_metrics(self, *, after: int) -> None:
-        """Forget the lines of steps beyond `after`, from which a resumed run goes on."""
-        kept = [line for line in self.read_metrics() if line.get("step", 0) <= after]
+    def truncate_metrics(self, *, after: int, validated: bool = True) -> None:
+        """Drop the lines of later steps, and those of that step's validation unless it was `validated`."""
+
+        def stays(line: Mapping[str, Any]) -> bool:
+            step = line.get("step", 0)
+            return step < after or (
+                step == after and (validated or not any(key.startswith(VALIDATION) for key in line))
+            )
+
+        kept = [line for line in self.read_metrics() if stays(line)]
         write_atomic(self.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     # ---- checkpoints

@@ -135,7 +135,7 @@ def rewind(run: RunFolder, start: Start | None) -> None:
         if best is not None and run.checkpoint(best).is_dir():
             run.link("best", run.checkpoint(best))
     step = start.progress.step if start else 0
-    run.truncate_metrics(after=step)
+    run.truncate_metrics(after=step, validated=start is None or not start.progress.validation_is_due)
     run.forget(after=step)
 
 

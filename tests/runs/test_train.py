@@ -172,6 +172,10 @@ def test_a_signal_cuts_a_validation_short_and_resuming_makes_it(
             train(spec, tmp_path / "cut", observer=observer)
     assert calls == 1 and not observer.evaluations
     assert not any("validation_loss" in line for line in metrics(tmp_path / "cut"))
+    lines = (whole.run / "metrics.jsonl").read_text().splitlines()
+    (made,) = (line for line in lines if f'"step": {step},' in line and "validation_loss" in line)
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:  # of a process that made it and was killed before it saved
+        file.write(made + "\n")
     resumed = train(spec, tmp_path / "cut", resume="last")
     assert (resumed.step, resumed.reason, resumed.metrics) == (whole.step, whole.reason, whole.metrics)
     assert metrics(whole.run) == metrics(resumed.run)
