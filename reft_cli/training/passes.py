@@ -110,15 +110,21 @@ class RecordedPasses:
         if size not in self._seen or len(self._recordings) >= MOST_RECORDINGS:
             self._seen.add(size)
             return self._first(batch, units)
+        reason = self._record(size, batch)
+        if reason is not None:
+            self._refuse(reason)
+            return self._plain(batch, units)
+        return self._recordings[size].replay(batch, units)
+
+    def _record(self, size: tuple[int, ...], batch: Batch) -> str | None:
+        """None if this size is recorded now, else the reason; the error itself would hold on to the pass it ended."""
         try:
             self._recordings[size] = _Recording(self.model, self.task, batch, pool=self._pool, stream=self._stream)
         except NotCaptured as reason:
-            self._refuse(f"this model cannot be recorded: {reason}")
-            return self._plain(batch, units)
+            return f"this model cannot be recorded: {reason}"
         except torch.OutOfMemoryError:
-            self._refuse(f"there is too little memory to record more than {len(self._recordings)} sizes of passes")
-            return self._plain(batch, units)
-        return self._recordings[size].replay(batch, units)
+            return f"there is too little memory to record more than {len(self._recordings)} sizes of passes"
+        return None
 
     def _refuse(self, reason: str) -> None:
         """Run everything as it comes from now on, with the memory that recordings held."""
