@@ -118,6 +118,7 @@ def _execution_facts(chosen: Execution) -> list[list[str]]:
         ["compiled", "yes" if chosen.compiled else "no", chosen.compile_reason],
         ["CUDA graphs", "yes" if chosen.recorded else "no", chosen.record_reason],
         ["frozen cache", "yes" if chosen.cached else "no", chosen.cache_reason],
+        ["shared head", "yes" if chosen.shared else "no", chosen.share_reason],
     ]
     return [[str(name), f"{way}: {reason}" if reason else str(way)] for name, way, reason in ways]
 

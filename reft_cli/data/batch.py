@@ -1,9 +1,11 @@
 """Batches: examples as tensors in one of two layouts, with the flat rows that are edited and that answer.
 
 padded: B sequences, right-padded to the longest, with an attention mask.
-packed: one row of all sequences end to end, with the positions and boundaries that packed attention needs.
+packed: one row of all sequences end to end, with the positions and boundaries that packed attention needs. A head that
+all of them begin with may stand there once: the first sequence is whole, of the others there is what comes after it.
 
-Shapes: B sequences, T tokens of the longest, N rows of h.view(-1, D) (B*T padded, the sum of lengths packed).
+Shapes: B sequences, T tokens of the longest, N rows of h.view(-1, D) (B*T padded, the sum of lengths packed), P tokens
+of a head.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reft_cli.data.examples import Example, Examples, Ints, ranges
+from reft_cli.data.heads import common_head
 from reft_cli.models.packing import packing_inputs
 from reft_cli.positions import PositionGroup
 
@@ -78,26 +81,32 @@ def build_batch(
     groups: Sequence[PositionGroup],
     layout: Layout,
     pad_token_id: int,
+    share_head: bool = False,
 ) -> Batch:
-    """Examples as one batch on the host. Of pairs with labels, every token is read and none is a target."""
+    """Examples as one batch on the host. Of pairs with labels, every token is read and none is a target.
+
+    `share_head`, packed only: the head that all sequences have in common, if they have one, is there once.
+    """
     given = Examples.of(examples)
     chosen, pairs = given.sequences(), len(given) if given.rejected is not None else 0
     prompts, first = chosen.prompt_lengths, chosen.spans[:, 0]  # [B]
     learned_from = np.maximum(prompts, 1)
     learned = np.maximum(chosen.lengths - learned_from, 0) * (not pairs or chosen.labels is None)
     lengths = chosen.lengths - (learned > 0)  # an answer's last token is a target and no input: nothing comes after it
-    width = int(lengths.max())
-    starts = np.cumsum(lengths) - lengths if layout == "packed" else width * np.arange(len(chosen))
-    where = ranges(first, first + lengths)  # [N] of all tokens
+    shared = common_head(chosen, groups=groups) if share_head else 0  # P
+    begins = shared * (np.arange(len(chosen)) > 0)  # [B] the first token of each that is there
+    rests = lengths - shared
+    starts = np.cumsum(rests) - rests if layout == "packed" else int(lengths.max()) * np.arange(len(chosen))
+    where = ranges(first + begins, first + lengths)  # [N] of all tokens
     ids = chosen.tokens[where].astype(np.int64)
     if layout == "packed":
         inputs: dict[str, Tensor | int] = {"input_ids": torch.from_numpy(ids[None])}  # [1, N]
-        inputs |= packing_inputs(lengths.tolist())
+        inputs |= packing_inputs(rests.tolist(), head=shared if share_head else None)
     else:
         inputs = _padded(chosen, where, ids, lengths=lengths, pad_token_id=pad_token_id)
     return Batch(
         inputs=inputs,
-        rows=_edited(prompts, lengths, groups=groups, starts=starts),
+        rows=_edited(prompts, lengths, groups=groups, starts=starts, begins=begins),
         answer_rows=torch.from_numpy(ranges(starts + learned_from - 1, starts + learned_from - 1 + learned)),
         targets=torch.from_numpy(
             chosen.tokens[ranges(first + chosen.lengths - learned, first + chosen.lengths)].astype(np.int64)
@@ -116,15 +125,19 @@ def edited_rows(
     """For each position group the flat rows that it edits; `starts` is the row of each example's first token."""
     prompts = np.array([example.prompt_length for example in examples], dtype=np.int64)
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    return _edited(prompts, lengths, groups=groups, starts=np.array(starts, dtype=np.int64))
+    whole = np.zeros_like(lengths)
+    return _edited(prompts, lengths, groups=groups, starts=np.array(starts, dtype=np.int64), begins=whole)
 
 
-def _edited(prompts: Ints, lengths: Ints, *, groups: Sequence[PositionGroup], starts: Ints) -> dict[str, Tensor]:
-    found = {}
+def _edited(
+    prompts: Ints, lengths: Ints, *, groups: Sequence[PositionGroup], starts: Ints, begins: Ints
+) -> dict[str, Tensor]:
+    """Token j of a sequence is at row start + j, from j = begin on."""
+    found, sizes = {}, [each.tolist() for each in (starts, begins, prompts, lengths)]
     for group in groups:
         spans = [
-            (start + span.start, start + span.stop)
-            for start, prompt, length in zip(starts.tolist(), prompts.tolist(), lengths.tolist(), strict=True)
+            (start + max(span.start, begin), start + max(span.stop, begin))
+            for start, begin, prompt, length in zip(*sizes, strict=True)
             for span in group.ranges(prompt, length)
         ]
         bounds = np.array(spans, dtype=np.int64).reshape(-1, 2)  # [B or 2 B, 2]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reft_cli.data.batch import IGNORED, Batch
+from reft_cli.models.attention import SHARED_HEAD
 
 FINEST = 64  # tokens
 SHARE = 16  # a size is rounded up by at most this part of it
@@ -47,6 +48,8 @@ def fill(batch: Batch, *, pad_token_id: int) -> Batch:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+    if SHARED_HEAD in batch.inputs:
+        inputs[SHARED_HEAD] = rounded(max(int(batch.inputs[SHARED_HEAD]), 1))
     answers = rounded(len(batch.targets), share=4)
     filled = replace(
         batch,

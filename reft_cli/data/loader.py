@@ -44,7 +44,8 @@ class Loader:
 
     `token_budget` may be lowered at any time, after running out of memory say: every batch that is handed out later is
     cut by it. `process` of `processes` is dealt its rows by length, so that all of them work equally. `prepare` is
-    done to each pass before it is pinned.
+    done to each pass before it is pinned. With `share_head` a head that the rows of a pass have in common is there
+    once.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class Loader:
         processes: int = 1,
         device: torch.device,
         prepare: Callable[[Batch], Batch] | None = None,
+        share_head: bool = False,
         lead: int = 2,
     ) -> None:
         self.examples = Examples.of(examples)
         self.groups, self.layout, self.pad_token_id = groups, layout, pad_token_id
         self.token_budget, self.micro_batch_size = token_budget, micro_batch_size
         self.process, self.processes = process, processes
-        self.device, self.prepare, self.lead = device, prepare, lead
+        self.device, self.prepare, self.share_head, self.lead = device, prepare, share_head, lead
 
     def build(self, indices: Sequence[int]) -> GlobalBatch:
         """The global batch of these examples, at once."""
@@ -83,7 +85,13 @@ class Loader:
         return self._pass(self.examples.take([index]))
 
     def _pass(self, examples: Examples) -> Batch:
-        batch = build_batch(examples, groups=self.groups, layout=self.layout, pad_token_id=self.pad_token_id)
+        batch = build_batch(
+            examples,
+            groups=self.groups,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            share_head=self.share_head,
+        )
         if self.prepare is not None:
             batch = self.prepare(batch)
         return batch.pinned() if self.device.type == "cuda" else batch

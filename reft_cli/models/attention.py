@@ -3,9 +3,10 @@
 Registered with transformers under one name; a model is switched to it for packed batches and back afterwards. On a GPU
 in half precision it is kernels of our own where a trial shows that they run and are right, else torch's variable-length
 flash attention; elsewhere it is scaled-dot-product attention on the sequences of one length at a time. Boundaries come
-with the batch, as `cu_seq_lens_q`, which transformers hands through.
+with the batch, as `cu_seq_lens_q`, which transformers hands through. So does `shared_head`: where it is above zero, the
+first sequence is the head of all others, each of which attends to it and then to itself, as if it stood before each.
 
-Shapes: N tokens of all sequences, L tokens of one, H heads, K key-value heads, E head size.
+Shapes: N tokens of all sequences, L tokens of one, S of what one sees, H heads, K key-value heads, E head size.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from reft_cli.models.kernel_attention import attend_by_kernels, why_not_kernels
 
 PACKED = "reft_packed"
+SHARED_HEAD = "shared_head"  # the input that says how long a head may be; how long it is, the first bounds say
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_WIDEST_HEAD = 256
 SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since torch 2.12; before, it was always so
@@ -50,6 +52,7 @@ def packed_attention(
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    shared_head: int = 0,
     **_: object,  # transformers hands every attention function whatever the model was called with
 ) -> tuple[Tensor, None]:
     """softmax(q kᵀ · scaling) v within each sequence, causal: [1, N, H, E]. NotPackable: it would not be exact."""
@@ -62,13 +65,16 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise NotPackable("its attention is not causal")
     if query.is_cuda and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_WIDEST_HEAD:
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _by_length(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, shared_head), None
+    return _by_length(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window, shared_head > 0), None
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
+    head: int,
+) -> Tensor:  # fmt: skip
+    if head:
+        raise NotPackable("attention on this device knows no head that sequences share")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
     if query.shape[-1] in _heads_by_kernels:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -81,35 +87,46 @@ def _flash(
 
 
 def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None,
+    headed: bool = False,
+) -> Tensor:  # fmt: skip
     """One call for each run of neighbouring sequences of one length; batches are sorted by length."""
-    lengths = (end - start for start, end in pairwise(bounds))
+    lengths = [end - start for start, end in pairwise(bounds)]
+    head = lengths.pop(0) if headed else 0
     runs = [(length, len(list(run))) for length, run in groupby(filter(None, lengths))]
-    spans = [length * count for length, count in runs]
-    parts = []
+    spans = [head, *(length * count for length, count in runs)]
     # split, not slices: its backward pass is one concatenation, where each slice would fill a whole row with zeros
-    for (length, count), *tensors in zip(
-        runs, *(each[0].split(spans, dim=1) for each in (query, key, value)), strict=True
-    ):
+    (asking, *known), *others = zip(*(each[0].split(spans, dim=1) for each in (query, key, value)), strict=True)
+    parts = [_attended(asking[None], known[0][None], known[1][None], scaling, window)] if head else []
+    for (length, count), tensors in zip(runs, others, strict=True):
         q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in tensors)  # [count, H or K, L, E]
-        banded = window is not None and window < length
-        attended = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_band(length, window, query.device) if banded else None,
-            is_causal=not banded,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        parts.append(attended.transpose(1, 2).flatten(0, 1))  # [count * L, H, E]
+        if head:  # [count, K, S, E]
+            k, v = (
+                torch.cat([before.expand(count, -1, -1, -1), own], 2) for before, own in zip(known, (k, v), strict=True)
+            )
+        parts.append(_attended(q, k, v, scaling, window))
     return torch.cat(parts)[None]
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() & ones.triu(1 - (window or length))
+def _attended(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """[B * L, H, E] of q [B, H, L, E], k and v [B, K, S, E]; the queries are those of the last of S tokens."""
+    length, seen = q.shape[2], k.shape[2]
+    banded = length < seen or (window is not None and window < seen)
+    attended = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=_band(length, seen, window, q.device) if banded else None,
+        is_causal=not banded,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
+def _band(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    ones = torch.ones(length, seen, dtype=torch.bool, device=device)
+    return ones.tril(seen - length) & ones.triu(seen - length + 1 - (window or seen))
 
 
 AttentionInterface.register(PACKED, packed_attention)  # and no mask function: transformers then makes no mask

@@ -6,21 +6,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reft_cli.models.attention import NotPackable, attending
+from reft_cli.models.attention import SHARED_HEAD, NotPackable, attending
 from reft_cli.models.placement import entry_device
 
+HEAD = [20, 21, 22, 23, 24, 25, 26, 27, 28]  # of two sequences that share it
 LONG, SHORT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18, 19]
 NOISE = 4.0  # times the difference that padding makes, which is rounding
 CLOSE = 0.05  # of the logits' spread, in the mean over a token's logits: above what bfloat16 rounds away
 STEEP = 0.25  # of a token's gradient: the same, through a whole model and back
 
 
-def packing_inputs(lengths: list[int], device: torch.device | None = None) -> dict[str, Tensor | int]:
-    """What a packed row carries besides its ids: positions that restart, and the sequences' boundaries."""
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]  # [1, N]
-    longest = max(lengths)
-    return {
+def packing_inputs(
+    lengths: list[int], device: torch.device | None = None, *, head: int | None = None
+) -> dict[str, Tensor | int]:
+    """What a packed row carries besides its ids: positions that restart, and the sequences' boundaries.
+
+    `head`: so many tokens stand before the sequences and begin every one of them; there may be none this time.
+    """
+    before = [] if head is None else [head]
+    bounds = torch.tensor([0, *before, *lengths]).cumsum(0).to(torch.int32)
+    ways = [*(range(each) for each in before), *(range(head or 0, (head or 0) + length) for length in lengths)]
+    positions = torch.cat([torch.arange(way.start, way.stop) for way in ways])[None]  # [1, N]
+    longest = max([*before, *lengths])
+    extra: dict[str, Tensor | int] = {} if head is None else {SHARED_HEAD: head}
+    return extra | {
         "position_ids": positions.to(device),
         "cu_seq_lens_q": bounds.to(device),
         "cu_seq_lens_k": bounds.to(device),
@@ -36,31 +45,50 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     be those it has alone, and the second one's logits must have no gradient to the first. A deep model in half
     precision gives other numbers whenever other kernels run, so what padding changes is measured too.
     """
-    apart = [_Pass(model, [each], None) for each in (LONG, SHORT)]
+    return _why_not(model, [], how="when sequences are packed")
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """None if packed sequences may share the head that they begin with, else the reason; tried in the same way."""
+    return _why_not(model, HEAD, how="when sequences share their head")
+
+
+def _why_not(model: PreTrainedModel, head: list[int], *, how: str) -> str | None:
+    """Alone and padded are two whole sequences; packed are the first one and what comes after the head of the second.
+
+    So the gradient to the head is the sum of both, and rows of those alone are `folded` to rows of the packed ones.
+    """
+    first, second = head + LONG, head + SHORT
+    folded = torch.tensor([*range(len(first)), *range(len(head)), *range(len(first), len(first) + len(SHORT))])
+    kept = torch.tensor([*range(len(first)), *range(len(first) + len(head), len(folded))])
+    apart = [_Pass(model, [each], None) for each in (first, second)]
     alone = torch.cat([each.logits for each in apart])
-    direction = alone / alone.norm()  # what is differentiated; of a size that float16 can hold
-    parts = zip(apart, direction.split([len(LONG), len(SHORT)]), strict=True)
+    direction = torch.zeros_like(alone).index_copy(0, kept.to(alone.device), alone[kept])
+    direction = direction / direction.norm()  # what is differentiated; of a size that float16 can hold
+    parts = zip(apart, direction.split([len(first), len(second)]), strict=True)
     slope = torch.cat([each.slope(part) for each, part in parts])
     try:
         with attending(model):
-            packed = _Pass(model, [LONG, SHORT], "packed")
-            second = direction.clone()
-            second[: len(LONG)] = 0
-            leak, packed_slope = packed.slope(second), packed.slope(direction)
+            packed = _Pass(model, [first, SHORT], "packed", head=len(head))
+            later = direction[kept]
+            later[: len(first)] = 0
+            leak, packed_slope = packed.slope(later), packed.slope(direction[kept])
     except NotPackable as reason:
         return str(reason)
     except (TypeError, ValueError) as error:
         return f"it cannot be switched to packed attention ({str(error).splitlines()[0]})"
-    if leak[: len(LONG)].any():
+    if leak[len(head) : len(first)].any():
         return "its attention mask does not keep packed sequences apart"
-    padded = _Pass(model, [LONG, SHORT], "padded")
-    if _change(packed.logits, alone, alone.norm(dim=-1).mean()) > max(
-        CLOSE, NOISE * _change(padded.logits, alone, alone.norm(dim=-1).mean())
-    ):
-        return "its logits change when sequences are packed"
-    lengths = slope.norm(dim=-1)
-    if _change(packed_slope, slope, lengths) > max(STEEP, NOISE * _change(padded.slope(direction), slope, lengths)):
-        return "its gradients change when sequences are packed"
+    padded, size = _Pass(model, [first, second], "padded"), alone.norm(dim=-1).mean()
+    if _change(packed.logits, alone[kept], size) > max(CLOSE, NOISE * _change(padded.logits, alone, size)):
+        return f"its logits change {how}"
+    wanted, rounded = (
+        torch.zeros_like(packed_slope).index_add(0, folded.to(each.device), each)
+        for each in (slope, padded.slope(direction))
+    )
+    lengths = wanted.norm(dim=-1)
+    if _change(packed_slope, wanted, lengths) > max(STEEP, NOISE * _change(rounded, wanted, lengths)):
+        return f"its gradients change {how}"
     return None
 
 
@@ -72,7 +100,9 @@ def _change(found: Tensor, expected: Tensor, scale: Tensor) -> float:
 class _Pass:
     """One forward pass: the logits [N, V] of the real tokens, and gradients to their embeddings."""
 
-    def __init__(self, model: PreTrainedModel, sequences: list[list[int]], layout: str | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, sequences: list[list[int]], layout: str | None, *, head: int = 0
+    ) -> None:
         lengths, device = [len(sequence) for sequence in sequences], entry_device(model)
         extra: dict[str, Tensor | int] = {}
         if layout == "padded":
@@ -82,7 +112,9 @@ class _Pass:
             extra = {"attention_mask": (tokens > 0).long().to(device)}
         else:
             tokens = torch.tensor([[token for sequence in sequences for token in sequence]])
-            extra = packing_inputs(lengths, device) if layout == "packed" else {}
+            if layout == "packed":
+                rests = [lengths[0] - head, *lengths[1:]]
+                extra = packing_inputs(rests, device, head=head or None)
         self.real = tokens.flatten().nonzero().squeeze(-1).to(device)
         self.embedded = model.get_input_embeddings()(tokens.to(device)).detach().requires_grad_(True)
         self._logits = model(inputs_embeds=self.embedded, use_cache=False, **extra).logits.flatten(0, 1)[self.real]

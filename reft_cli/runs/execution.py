@@ -1,4 +1,4 @@
-"""How a run is carried out: packed or padded, compiled or not, recorded or not; each with the reason why not."""
+"""How a run is carried out: packed, compiled, recorded, cached, with shared heads; or not, each with the reason why."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from reft_cli.data.batch import Layout
 from reft_cli.data.examples import Example, Examples
+from reft_cli.data.heads import LEAST, typical_head
 from reft_cli.errors import ModelError
 from reft_cli.models.compiling import why_not_compiled
 from reft_cli.models.intervened import IntervenedModel
-from reft_cli.models.packing import why_not_packed
+from reft_cli.models.packing import why_not_packed, why_not_shared
 from reft_cli.models.placement import is_offloaded
 from reft_cli.parallel.collective import size
+from reft_cli.positions import Positions
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.preferences import task_of
@@ -38,6 +40,8 @@ class Execution:
     record_reason: str | None
     cached: bool
     cache_reason: str | None
+    shared: bool
+    share_reason: str | None
 
 
 def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Example]) -> Execution:
@@ -64,7 +68,19 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     cached, cache_reason = _choose_caching(
         model, spec, examples, packed=layout == "packed", repeated=steps * batch > len(examples)
     )
-    return Execution(layout, layout_reason, compiled, compile_reason, recorded, record_reason, cached, cache_reason)
+    shared, share_reason = _choose_sharing(model, spec, examples, packed=layout == "packed", cached=cached)
+    return Execution(
+        layout,
+        layout_reason,
+        compiled,
+        compile_reason,
+        recorded,
+        record_reason,
+        cached,
+        cache_reason,
+        shared,
+        share_reason,
+    )
 
 
 def _check_offloading(model: IntervenedModel, spec: Spec) -> None:
@@ -123,4 +139,26 @@ def _choose_caching(
         raise ModelError(f"train.cache_frozen: on is not possible: {reason}; write auto or off")
     if wanted == "auto" and reason is None and model.device.type != "cuda":
         reason = "a resumed run would not end in the same bits; train.cache_frozen: on does it here"
+    return reason is None, reason
+
+
+def _choose_sharing(
+    model: IntervenedModel, spec: Spec, examples: Sequence[Example], *, packed: bool, cached: bool
+) -> tuple[bool, str | None]:
+    if spec.train.share_head == "off":
+        return False, None
+    if not packed:
+        return False, "batches are padded"
+    if cached:
+        return False, "the frozen cache keeps whole rows"
+    if model.bank.dropout or spec.model.dropout:
+        return False, "dropout is drawn for every row by itself"
+    if Examples.of(examples).rejected is not None:
+        return False, "rows are pairs"
+    groups = Positions.parse(spec.intervention.positions).groups(tied=spec.intervention.tied)
+    rows = spec.train.micro_batch_size
+    rows = spec.train.global_batch_size if rows == "auto" else rows
+    if not typical_head(examples, groups=groups, rows=rows):
+        return False, f"rows of a pass have no head of {LEAST} tokens or more in common"
+    reason = why_not_shared(model.base_model)
     return reason is None, reason

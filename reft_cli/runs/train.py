@@ -311,6 +311,7 @@ class _Work:
             forgiving=train.compile == "auto",
             recorded=self.execution.recorded,
             cached=self.execution.cached,
+            shared=self.execution.shared,
             seed=train.seed,
             log_every=train.log_every,
             diverge_factor=train.diverge_factor,

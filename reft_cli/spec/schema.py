@@ -196,6 +196,9 @@ class TrainSpec(Section):
     cache_frozen: Literal["auto", "on", "off"] = "auto"
     """Keep what comes out of the blocks below the lowest edited one, so that later epochs skip them; auto: on a GPU
     whose memory has room for it."""
+    share_head: Literal["auto", "off"] = "auto"
+    """auto: the head that the rows of a pass have in common, of their template, is computed once, where packed
+    sequences give the same result with it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 42

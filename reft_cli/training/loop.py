@@ -60,6 +60,8 @@ class TrainSettings:
     """What cannot be compiled runs as it stands."""
     recorded: bool
     cached: bool
+    shared: bool
+    """A head that the rows of a pass have in common is computed once."""
     seed: int
     log_every: int
     diverge_factor: float
@@ -134,6 +136,7 @@ class Trainer:
             processes=accelerator.num_processes,
             device=model.device,
             prepare=self.passes.prepare,
+            share_head=settings.shared,
         )
         self.progress = Progress()
         self._pending: list[tuple[int, Tensor, list[int]]] = []  # (step, loss, rows) not yet looked at
@@ -159,6 +162,8 @@ class Trainer:
 
     def fit(self) -> int:
         """Find how many tokens a pass may have on this device, by trying; returns them. The hooks have to be on.
+
+        Rows are tried whole: the next ones may have no head in common.
 
         OutOfMemoryError: the longest row by itself is too much.
         """

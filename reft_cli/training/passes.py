@@ -104,7 +104,8 @@ class RecordedPasses:
         """See Passes."""
         if self.refused or self._is_long(batch):
             return self._plain(batch, units)
-        size = (*(tensor.numel() for tensor in _tensors(batch)), int(batch.inputs["max_length_q"]))
+        numbers = (each for _, each in sorted(batch.inputs.items()) if isinstance(each, int))  # those are recorded too
+        size = (*(tensor.numel() for tensor in _tensors(batch)), *numbers)
         if size in self._recordings:
             return self._recordings[size].replay(batch, units)
         if size not in self._seen or len(self._recordings) >= MOST_RECORDINGS:

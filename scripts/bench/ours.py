@@ -50,6 +50,7 @@ def trainer_of(
     compiled: bool = True,
     recorded: bool = True,
     cached: bool = True,
+    shared: bool = False,
     checkpointing: bool = False,
 ) -> Trainer:
     """The trainer that `reft train` would make for global batches of `rows`, but for what is asked here."""
@@ -66,7 +67,7 @@ def trainer_of(
         max_grad_norm=1.0, global_batch_size=rows, micro_batch_size=None, token_budget=plan.budget,
         layout="packed" if packed else "padded", compiled=compiled and not sharded and plan.device == "cuda",
         forgiving=False, recorded=recorded and not sharded and unrecorded is None,
-        cached=cached and uncached is None, seed=0,
+        cached=cached and uncached is None, shared=shared, seed=0,
         log_every=10**9, diverge_factor=1e9, validate_every="never", save_every=10**9, patience=None,
         lower_is_better=True, best_metric="loss",
     )  # fmt: skip

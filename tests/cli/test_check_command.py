@@ -61,6 +61,7 @@ def test_the_report(reft, spec):
         "compiled      no: it pays on a GPU only; train.compile: on does it here",
         "CUDA graphs   no: there are no CUDA graphs on cpu",
         "frozen cache  no: only 1 of 3 blocks lie below the lowest edit",
+        "shared head   no: rows of a pass have no head of 16 tokens or more in common",
         "memory        about",
     ):
         assert piece in done.out, piece
