@@ -14,6 +14,7 @@ from reft_cli.data.examples import Example, Examples
 from reft_cli.positions import PositionGroup
 
 LEAST = 16  # tokens; less is not worth an attention of its own
+TOGETHER = 1024  # sequences compared at once, which bounds the memory for it
 
 
 def common_head(examples: Examples, *, groups: Sequence[PositionGroup]) -> int:
@@ -21,9 +22,17 @@ def common_head(examples: Examples, *, groups: Sequence[PositionGroup]) -> int:
 
     At least one token of every prompt comes after them, so that no answer is predicted inside the head.
     """
-    most = int(examples.prompt_lengths.min()) - 1 if len(examples) > 1 else 0
-    if most < LEAST:
-        return 0
+    alike = int(np.minimum(examples.prompt_lengths, examples.lengths).min()) - 1 if len(examples) > 1 else 0
+    for start in range(1, len(examples), TOGETHER):
+        if alike < LEAST:
+            return 0
+        others = np.arange(start, min(start + TOGETHER, len(examples)))
+        alike = _alike(examples.take(np.append(0, others)), groups=groups, most=alike)
+    return alike if alike >= LEAST else 0
+
+
+def _alike(examples: Examples, *, groups: Sequence[PositionGroup], most: int) -> int:
+    """Of the first `most` tokens, how many the sequences begin with alike."""
     tokens = examples.tokens[examples.spans[:, :1] + np.arange(most)]  # [B, P]
     differs = (tokens != tokens[0]).any(0)
     sizes = list(zip(examples.prompt_lengths.tolist(), examples.lengths.tolist(), strict=True))
@@ -33,8 +42,7 @@ def common_head(examples: Examples, *, groups: Sequence[PositionGroup]) -> int:
             for span in group.ranges(prompt, length):
                 row[span.start : span.stop] = True
         differs |= (edited != edited[0]).any(0)
-    alike = int(differs.argmax()) if differs.any() else most
-    return alike if alike >= LEAST else 0
+    return int(differs.argmax()) if differs.any() else most
 
 
 def typical_head(examples: Sequence[Example], *, groups: Sequence[PositionGroup], rows: int) -> int:

@@ -21,7 +21,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.merging import Merge, find_merge
 from reft_cli.models.placement import is_spread
 from reft_cli.models.sharding import is_sharded
-from reft_cli.models.slots import try_slots
+from reft_cli.models.slots import SlotTrial, try_slots
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import PositionGroup
 
@@ -38,7 +38,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, stack: Stack, *, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.stack, self.tokenizer = model, stack, tokenizer
         self._sharded, self._spread = is_sharded(model), is_spread(model)
-        self._tried: tuple[str | None, int] | None = None
+        self._tried: SlotTrial | None = None
         self._slots: SlotDecoder | None = None
         self._wanted = 0  # slots, if memory allowed
         self._merges: dict[int, Merge | None] = {}
@@ -63,7 +63,7 @@ class Decoder:
             return "its blocks lie on several devices"
         if self._tried is None:
             self._tried = try_slots(self.model)
-        return self._tried[0]
+        return self._tried.reason
 
     def progress(
         self, requests: Sequence[Request], *, decoding: Decoding, batch_size: int | None
@@ -158,6 +158,7 @@ class Decoder:
 
     def _slot_decoder(self, requests: Sequence[Request], decoding: Decoding, batch_size: int) -> SlotDecoder:
         """One with room for the longest request, and no more slots than requests or memory."""
+        assert self._tried is not None
         there = self._slots
         longest = max(len(request.prompt) for request in requests) + decoding.max_new_tokens
         room, slots = rounded(longest), min(batch_size, len(requests))
@@ -173,6 +174,7 @@ class Decoder:
                 slots=min(slots, self._slots_in_memory(room)),
                 room=room,
                 compiles=compiles,
+                keeps=self._tried.keeps,
             )
         assert self._slots is not None
         return self._slots
@@ -197,7 +199,7 @@ class Decoder:
         device = self.model.device
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
-        return max(1, int(free * MEMORY_SHARE) // (self._tried[1] * room))
+        return max(1, int(free * MEMORY_SHARE) // (self._tried.bytes_a_token * room))
 
 
 def requests_of(prompts: Sequence[Example], *, member: int) -> list[Request]:

@@ -1,8 +1,9 @@
 """Our own decoding: a batch of slots that is kept full from a queue of prompts, one captured step for all of them.
 
-Prompts are read packed, with their edits, into free slots; then all slots take a step together: the bare model, and
-the edits of those whose intervention covers new tokens. On a GPU a step is one CUDA graph; the host looks at the flags
-of finished rows every few steps only, and puts the next prompts of the queue in their place.
+Prompts are read packed, with their edits, into free slots; what all of them begin with, a template's head or solved
+rows, is read once. Then all slots take a step together: the bare model, and the edits of those whose intervention
+covers new tokens. On a GPU a step is one CUDA graph; the host looks at the flags of finished rows every few steps only,
+and puts the next prompts of the queue in their place.
 
 transformers' continuous batching (its paged cache and scheduler) was read for this and left alone: it mixes chunks of
 prompts with decoded tokens in one captured pass whose rows change every time, and which rows those are is known to
@@ -18,11 +19,14 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reft_cli.data.examples import Example, Examples
+from reft_cli.data.heads import common_head
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.prompts import PromptGraphs
 from reft_cli.generation.settings import Decoding, Endings, Request
@@ -78,6 +82,7 @@ class SlotDecoder:
         slots: int,
         room: int,
         compiles: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.model, self.stack, self.decoding, self.endings = model, stack, decoding, endings
         kind = model.device.type
@@ -90,10 +95,11 @@ class SlotDecoder:
             self.state = State.empty(slots=slots, answer=decoding.max_new_tokens, past=past, device=model.device)
         self.steps = 0
         """Steps taken so far, for tests and reports."""
-        self._captures, self.compiles = kind == "cuda", compiles
+        self._captures, self.compiles, self.keeps = kind == "cuda", compiles, keeps
         self._compiled: tuple[Compiled | None, Compiled] | None = None
         self.why_not_captured: str | None = None if self._captures else f"there are no CUDA graphs on {kind}"
         self._edits = self._merged = False
+        self._heads: dict[int, int] = {}  # tokens that all prompts for a member begin with
         self._places: list[int] = []
         self._prompts: PromptGraphs | None = None
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
@@ -111,6 +117,7 @@ class SlotDecoder:
             if self.compiles and self._compiled is None:
                 self._compiled = self._compile()
             self._forget_old_weights()
+            self._read_heads(requests)
             yield from self._run(deque(enumerate(requests)))
 
     def _forget_old_weights(self) -> None:
@@ -148,22 +155,61 @@ class SlotDecoder:
 
     # ---- prompts
 
+    def _read_heads(self, requests: Sequence[Request]) -> None:
+        """Read and keep what all prompts for a member begin with, edited alike."""
+        self._heads.clear()
+        for member in {request.member for request in requests} if self.keeps else ():
+            mine = [request for request in requests if request.member == member]
+            prompts = Examples.of(Example(list(each.prompt), len(each.prompt), None, "", "", 0) for each in mine)
+            head = common_head(prompts, groups=self.stack.groups_of(member))
+            if head:
+                with torch.inference_mode():
+                    self._prefill(mine[:1], [0], part=range(head))
+                    self.cache.keep(member, slot=0)
+                self._heads[member] = head
+
     def _admit(self, waiting: deque[tuple[int, Request]], free: list[int], busy: dict[int, Busy]) -> None:
         """Read the next prompts into free slots and choose their first tokens."""
         chosen: list[tuple[int, Request]] = []
         room = self.prefill_tokens
-        while waiting and len(chosen) < len(free) and (not chosen or len(waiting[0][1].prompt) <= room):
+        while waiting and len(chosen) < len(free) and (not chosen or self._unread(waiting[0][1]) <= room):
             chosen.append(waiting.popleft())
-            room -= len(chosen[-1][1].prompt)
-        chosen.sort(key=lambda each: -len(each[1].prompt))
-        slots = [free.pop() for _ in chosen]
-        if not (len(chosen) == 1 and self._read_captured(chosen[0][1], slots[0])):
-            logits = self._prefill([request for _, request in chosen], slots)
-            fresh = self._fresh([request for _, request in chosen])
+            room -= self._unread(chosen[-1][1])
+        chosen.sort(key=lambda each: (self._head_of(each[1]), -len(each[1].prompt)))
+        for _, together in groupby(chosen, key=lambda each: self._head_of(each[1])):
+            self._begin(list(together), free, busy)
+
+    def _head_of(self, request: Request) -> int:
+        """The member whose head it begins with, or a number that is none."""
+        return request.member if request.member in self._heads else -1
+
+    def _unread(self, request: Request) -> int:
+        return len(request.prompt) - self._heads.get(request.member, 0)
+
+    def _begin(self, chosen: list[tuple[int, Request]], free: list[int], busy: dict[int, Busy]) -> None:
+        """Read prompts that go on from the same head, or from none, in one pass."""
+        slots, asked = [free.pop() for _ in chosen], [request for _, request in chosen]
+        if not (len(asked) == 1 and self._read_captured(asked[0], slots[0])):
+            head = self._heads.get(asked[0].member, 0)
+            logits = self._prefill(
+                asked, slots, part=range(head, self.cache.room), kept=asked[0].member if head else None
+            )
+            fresh = self._fresh(asked)
             fresh.take(logits, self.chooser)
             self.state.put(torch.tensor(slots, device=self.model.device), fresh)
         for slot, (index, request) in zip(slots, chosen, strict=True):
             busy[slot] = Busy(index, held=len(request.prompt), left=self.decoding.max_new_tokens - 1)
+
+    def _prefill(
+        self, requests: Sequence[Request], slots: Sequence[int], *, part: range, kept: int | None = None
+    ) -> Tensor:
+        """Read these tokens of prompts, after those that were kept; logits [requests, V] after the last of them."""
+        lengths, members = [len(request.prompt) for request in requests], [request.member for request in requests]
+        pieces = [request.prompt[part.start : part.stop] for request in requests]
+        starts = [sum(map(len, pieces[:index])) - part.start for index in range(len(pieces))]
+        self.stack.live = self.stack.prompt_rows(lengths, members, starts, part=part)
+        with self._running(PROMPTS):
+            return prefill(self.model, self.cache, pieces, slots, kept=kept)
 
     def _read_captured(self, request: Request, slot: int) -> bool:
         """Whether one prompt was read, and its first token chosen, by a captured pass."""
@@ -179,13 +225,6 @@ class SlotDecoder:
                 owner=self.stack.owner_of_new_tokens(request.member),
                 merged=self._merged,
             )
-
-    def _prefill(self, requests: Sequence[Request], slots: Sequence[int]) -> Tensor:
-        lengths = [len(request.prompt) for request in requests]
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self.stack.live = self.stack.prompt_rows(lengths, [request.member for request in requests], starts)
-        with self._running(PROMPTS):
-            return prefill(self.model, self.cache, [request.prompt for request in requests], slots)
 
     def _fresh(self, requests: Sequence[Request]) -> State:
         """The state of slots that have just read their prompts."""

@@ -5,13 +5,15 @@ in half precision it is kernels of our own where a trial shows that they run and
 flash attention; elsewhere it is scaled-dot-product attention on the sequences of one length at a time. Boundaries come
 with the batch, as `cu_seq_lens_q`, which transformers hands through. So does `shared_head`: where it is above zero, the
 first sequence is the head of all others, each of which attends to it and then to itself, as if it stood before each.
+A head that was read before is given by its keys and values instead.
 
-Shapes: N tokens of all sequences, L tokens of one, S of what one sees, H heads, K key-value heads, E head size.
+Shapes: N tokens of all sequences, P of a beginning that they share, L of one, S of what one sees, H heads, K key-value
+heads, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -53,6 +55,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     shared_head: int = 0,
+    known_head: Sequence[Tensor] | None = None,  # keys and values [1, K, P, E] of one that was read before
     **_: object,  # transformers hands every attention function whatever the model was called with
 ) -> tuple[Tensor, None]:
     """softmax(q kᵀ · scaling) v within each sequence, causal: [1, N, H, E]. NotPackable: it would not be exact."""
@@ -65,16 +68,16 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise NotPackable("its attention is not causal")
     if query.is_cuda and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_WIDEST_HEAD:
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, shared_head), None
-    return _by_length(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window, shared_head > 0), None
+        if shared_head or known_head:
+            raise NotPackable("attention on this device knows no head that sequences share")
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    bounds = cu_seq_lens_q.tolist()
+    return _by_length(query, key, value, bounds, scaling, sliding_window, shared_head > 0, known_head), None
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
-    head: int,
-) -> Tensor:  # fmt: skip
-    if head:
-        raise NotPackable("attention on this device knows no head that sequences share")
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
     if query.shape[-1] in _heads_by_kernels:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -88,23 +91,23 @@ def _flash(
 
 def _by_length(
     query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None,
-    headed: bool = False,
+    headed: bool = False, known: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """One call for each run of neighbouring sequences of one length; batches are sorted by length."""
     lengths = [end - start for start, end in pairwise(bounds)]
-    head = lengths.pop(0) if headed else 0
+    first = lengths.pop(0) if headed else 0
     runs = [(length, len(list(run))) for length, run in groupby(filter(None, lengths))]
-    spans = [head, *(length * count for length, count in runs)]
+    spans = [first, *(length * count for length, count in runs)]
     # split, not slices: its backward pass is one concatenation, where each slice would fill a whole row with zeros
-    (asking, *known), *others = zip(*(each[0].split(spans, dim=1) for each in (query, key, value)), strict=True)
-    parts = [_attended(asking[None], known[0][None], known[1][None], scaling, window)] if head else []
+    (asking, *before), *others = zip(*(each.split(spans, dim=2) for each in (query, key, value)), strict=True)
+    known = before if first else known
+    parts = [_attended(asking, before[0], before[1], scaling, window)] if first else []
     for (length, count), tensors in zip(runs, others, strict=True):
-        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in tensors)  # [count, H or K, L, E]
-        if head:  # [count, K, S, E]
-            k, v = (
-                torch.cat([before.expand(count, -1, -1, -1), own], 2) for before, own in zip(known, (k, v), strict=True)
-            )
-        parts.append(_attended(q, k, v, scaling, window))
+        # [count, H or K, L, E], keys and values after a head [count, K, S, E]
+        q, *own = (each[0].unflatten(1, (count, length)).transpose(0, 1) for each in tensors)
+        if known is not None:
+            own = [torch.cat([head.expand(count, -1, -1, -1), rest], 2) for head, rest in zip(known, own, strict=True)]
+        parts.append(_attended(q, own[0], own[1], scaling, window))
     return torch.cat(parts)[None]
 
 

@@ -2,17 +2,20 @@
 
 Prompts are read packed, without padding, and leave their keys and values in the slots they are given; after that every
 slot takes one token a pass. Nothing a decoding pass does depends on values of tensors, so it can be captured as a CUDA
-graph. Registered with transformers under one name; the model itself sees no cache. While a cache is attached, each
-attention module has its layer of it as an attribute, where a compiler finds it as it finds weights: one program then
-serves all layers, with the writes fused into what is around them.
+graph. What prompts begin with alike can be read once and kept; they are then read without it. Registered with
+transformers under one name; the model itself sees no cache. While a cache is attached, each attention module has its
+layer of it as an attribute, where a compiler finds it as it finds weights: one program then serves all layers, with the
+writes fused into what is around them.
 
-Shapes: B slots, L tokens a slot has room for, N packed tokens, H heads, K key-value heads, E head size, V vocabulary.
+Shapes: B slots, L tokens a slot has room for, N packed tokens, P of what was kept, H heads, K key-value heads, E head
+size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from inspect import signature
 
 import torch
@@ -21,9 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from reft_cli.models.attention import FLASH_TYPES, NotPackable, attending, packed_attention
-from reft_cli.models.packing import CLOSE, LONG, SHORT, packing_inputs
+from reft_cli.models.packing import CLOSE, HEAD, LONG, SHORT, packing_inputs
 
 SLOTS = "reft_slots"
+Pair = tuple[Tensor, Tensor]  # keys and values
 VERY_CLOSE = 5e-3  # of the logits' spread, in float32: above what tf32 rounds away
 
 
@@ -39,29 +43,52 @@ class SlotCache:
         """Columns that a decoding pass looks at: no slot in use may hold more."""
         self.written: tuple[Tensor, Tensor] | None = None
         """Slots and columns [N] of the packed prompts that a pass reads; None: it is one of a token for each slot."""
+        self.begun = 0
+        """Tokens P that the packed prompts of a pass go on from; each attention module has theirs as `slot_begun`."""
         self.masks: dict[int | None, Tensor] = {}
         """What a slot's new token attends to, as 0 and -inf [B, 1, 1, span], for each window that was met so far."""
-        self._layers: list[tuple[nn.Module, tuple[Tensor, Tensor]]] = []
+        self._layers: list[tuple[nn.Module, Pair]] = []
+        self._kept: dict[int, list[Pair]] = {}  # of each layer, keys and values [1, K, P, E]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, attention modules have their layer of this cache as `slot_layer`."""
+        """Inside, attention modules have their layer of this cache as `slot_layer`. What is kept is forgotten after."""
         for module, layer in self._layers:
             module.slot_layer = layer  # type: ignore[assignment]  # an attribute like any other
         try:
             yield
         finally:
+            self._kept.clear()
             for module, _ in self._layers:
                 del module.slot_layer
+                vars(module).pop("slot_begun", None)
 
-    def begin_prefill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next pass reads packed prompts of these lengths into these slots."""
+    def keep(self, name: int, slot: int) -> None:
+        """Keep what a slot holds, for prompts that begin with it."""
+        held = int(self.lengths[slot])
+        self._kept[name] = [
+            (keys[slot, None, :held].transpose(1, 2).clone(), values[slot, None, :held].transpose(1, 2).clone())
+            for _, (keys, values) in self._layers
+        ]
+
+    def begin_prefill(self, slots: Sequence[int], lengths: Sequence[int], *, kept: int | None = None) -> None:
+        """The next pass reads packed prompts of these lengths into these slots, after what was kept by that name."""
         device = self.every.device
         counts, owners = torch.tensor(lengths), torch.tensor(slots)
+        self.begun = 0 if kept is None else self._begin(owners.to(device), self._kept[kept])
         rows = owners.repeat_interleave(counts).to(device)  # [N]
-        columns = torch.cat([torch.arange(length) for length in lengths]).to(device)  # [N]
+        columns = torch.cat([torch.arange(length) for length in lengths]).to(device) + self.begun  # [N]
         self.written = rows, columns
-        self.lengths[owners.to(device)] = counts.to(device)
+        self.lengths[owners.to(device)] = counts.to(device) + self.begun
+
+    def _begin(self, slots: Tensor, kept: list[Pair]) -> int:
+        """Lay what was kept into slots; returns its tokens."""
+        tokens = kept[0][0].shape[2]
+        for (module, layer), begun in zip(self._layers, kept, strict=True):
+            module.slot_begun = begun  # type: ignore[assignment]  # an attribute like any other
+            for whole, beginning in zip(layer, begun, strict=True):
+                whole[slots, :tokens] = beginning.transpose(1, 2)
+        return tokens
 
     def begin_step(self) -> None:
         """The next pass is of one token for each slot, which stands at its `lengths`."""
@@ -115,6 +142,8 @@ def slot_attention(
         keys.index_put_(slots.written, key[0].transpose(0, 1))
         values.index_put_(slots.written, value[0].transpose(0, 1))
         options: dict[str, object] = {"scaling": scaling, "sliding_window": sliding_window, **rest}
+        if slots.begun:
+            options["known_head"] = module.slot_begun
         return packed_attention(module, query, key, value, attention_mask, **options)  # type: ignore[arg-type]
     where = slots.every, slots.lengths
     keys.index_put_(where, key[:, :, 0])
@@ -136,13 +165,24 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: 
 AttentionInterface.register(SLOTS, slot_attention)  # and no mask function: transformers then makes no mask
 
 
-def prefill(model: PreTrainedModel, cache: SlotCache, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-    """Read prompts into slots; logits [prompts, V] of the token after each. Inside `attending(model, SLOTS)`."""
+def prefill(
+    model: PreTrainedModel,
+    cache: SlotCache,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    *,
+    kept: int | None = None,
+) -> Tensor:
+    """Read prompts into slots; logits [prompts, V] of the token after each. Inside `attending(model, SLOTS)`.
+
+    They are what comes after the tokens that the cache kept by that name.
+    """
     lengths = [len(prompt) for prompt in prompts]
-    cache.begin_prefill(slots, lengths)
+    cache.begin_prefill(slots, lengths, kept=kept)
     ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device)  # [1, N]
     last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-    return packed_logits(model, cache, ids, last, packing_inputs(lengths, model.device))
+    inputs = packing_inputs(lengths, model.device)
+    return packed_logits(model, cache, ids, last, inputs | {"position_ids": inputs["position_ids"] + cache.begun})
 
 
 def packed_logits(
@@ -162,29 +202,47 @@ def step(model: PreTrainedModel, cache: SlotCache, tokens: Tensor) -> Tensor:
     return output.logits[:, -1]  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
-def try_slots(model: PreTrainedModel) -> tuple[str | None, int]:
-    """(None if decoding from slots equals the model's own forward pass, else the reason; bytes of cache a token).
+@dataclass(frozen=True)
+class SlotTrial:
+    """What came of trying slots with a model."""
 
-    Two prompts are read into slots, not in their order and beside an empty one, and each goes on for two tokens.
-    """
-    cache = SlotCache(slots=3, room=16, device=model.device)
+    reason: str | None
+    """None if decoding from slots equals the model's own forward pass, else why not."""
+    bytes_a_token: int = 0
+    keeps: bool = False
+    """Prompts may go on from tokens that were read once."""
+
+
+def try_slots(model: PreTrainedModel) -> SlotTrial:
+    """Find out whether a model can decode from slots, on its device and in its type."""
+    trial = _try(model, [])
+    return trial if trial.reason is not None else replace(trial, keeps=_try(model, HEAD).reason is None)
+
+
+@torch.inference_mode()
+def _try(model: PreTrainedModel, head: list[int]) -> SlotTrial:
+    """Two prompts are read into slots, not in their order and beside an unused one, and each goes on for two tokens."""
+    cache, kept = SlotCache(slots=3, room=32, device=model.device), 0 if head else None
     slots = [2, 0]
     try:
         with attending(model, SLOTS), cache.attached():
-            found = [prefill(model, cache, [LONG[:-2], SHORT[:-2]], slots)]
+            if head:
+                prefill(model, cache, [head], [0])
+                cache.keep(0, slot=0)
+            found = [prefill(model, cache, [LONG[:-2], SHORT[:-2]], slots, kept=kept)]
             for index in (-2, -1):
                 tokens = torch.zeros_like(cache.every)
                 tokens[slots] = torch.tensor([LONG[index], SHORT[index]], device=model.device)
                 found.append(step(model, cache, tokens)[slots])
                 cache.lengths[slots] += 1
     except NotPackable as reason:
-        return str(reason), 0
+        return SlotTrial(str(reason))
     except (TypeError, ValueError) as error:
-        return f"it cannot be switched to slots ({str(error).splitlines()[0]})", 0
-    alone = [model(torch.tensor([each], device=model.device), use_cache=False).logits[0, -3:] for each in (LONG, SHORT)]
+        return SlotTrial(f"it cannot be switched to slots ({str(error).splitlines()[0]})")
+    whole = [torch.tensor([head + each], device=model.device) for each in (LONG, SHORT)]
+    alone = [model(each, use_cache=False).logits[0, -3:] for each in whole]
     wanted, given = torch.stack(alone, dim=1).float(), torch.stack(found).float()  # [3, 2, V]
     close = VERY_CLOSE if model.dtype == torch.float32 else CLOSE
     if not ((given - wanted).square().mean(-1).sqrt() <= close * wanted.std()).all():
-        return "its logits change when it decodes from slots", 0
-    return None, cache.bytes_a_token
+        return SlotTrial("its logits change when it decodes from slots")
+    return SlotTrial(None, cache.bytes_a_token)

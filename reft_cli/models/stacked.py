@@ -10,6 +10,7 @@ Shapes: N edited rows, D width there, R ranks of all owners together, O owners w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.sites import Site
 from reft_cli.positions import PositionGroup
 
+WHOLE = range(sys.maxsize)  # of a prompt's tokens: all that there are
 BASE = 0  # the owner of rows that are not edited
 Edit = Callable[..., Tensor]  # `edit_rows`, as it stands or compiled
 
@@ -159,30 +161,39 @@ class Stack:
             scale[owner], shift[owner] = folded.scale[row], folded.bias[row]
         return scale, shift
 
-    def prompt_rows(self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int]) -> Live | None:
-        """What is edited of prompts of these lengths that begin at these flat rows, each for a member (0: none)."""
-        rows, owners = self.edited_rows(lengths, members, starts)
+    def prompt_rows(
+        self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int], *, part: range = WHOLE
+    ) -> Live | None:
+        """What is edited of prompts of these lengths that begin at these flat rows, each for a member (0: none).
+
+        Of each only the tokens in `part` are there.
+        """
+        rows, owners = self.edited_rows(lengths, members, starts, part=part)
         if not rows:
             return None
         device = self._places[0][1].down.device
         return Live(torch.tensor(rows, device=device), torch.tensor(owners, device=device))
 
     def edited_rows(
-        self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int]
+        self, lengths: Sequence[int], members: Sequence[int], starts: Sequence[int], *, part: range = WHOLE
     ) -> tuple[list[int], list[int]]:
         """The same as (flat rows, the owner of each)."""
         rows: list[int] = []
         owners: list[int] = []
         for length, member, start in zip(lengths, members, starts, strict=True):
-            for group in self.members[member - 1].groups if member else ():
-                tokens = group.indices(length, length)
+            for group in self.groups_of(member):
+                tokens = [token for token in group.indices(length, length) if token in part]
                 rows += [start + token for token in tokens]
                 owners += [self._owners[member - 1][group.name]] * len(tokens)
         return rows, owners
 
+    def groups_of(self, member: int) -> tuple[PositionGroup, ...]:
+        """Which tokens a member edits; the base model none."""
+        return self.members[member - 1].groups if member else ()
+
     def owner_of_new_tokens(self, member: int) -> int:
         """Who edits the tokens that a member generates: one of its groups, or BASE."""
-        names = [group.name for group in self.members[member - 1].groups if group.phase != "prompt"] if member else []
+        names = [group.name for group in self.groups_of(member) if group.phase != "prompt"]
         return self._owners[member - 1][names[0]] if names else BASE
 
     @contextmanager

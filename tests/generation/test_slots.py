@@ -13,7 +13,8 @@ from tiny_decoding import GREEDY, PROMPTS, TOKENIZER, from_slots, intervened, pr
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from reft_cli.generation import prompts
+from reft_cli.data.examples import Example
+from reft_cli.generation import prompts, slots
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.prompts import Pass, PromptGraphs
@@ -198,7 +199,7 @@ def test_a_reader_who_stops_leaves_the_model_as_it_was():
 
 
 def test_who_cannot_decode_from_slots_is_told_and_goes_through_generate():
-    assert try_slots(decoder("gemma2"))[0] == "its attention uses softcap"
+    assert try_slots(decoder("gemma2")).reason == "its attention uses softcap"
     model = intervened(family="gemma2")
     found = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
     assert found.why_not_slots(GREEDY) == "its attention uses softcap"
@@ -214,7 +215,7 @@ def test_who_cannot_decode_from_slots_is_told_and_goes_through_generate():
 def test_a_model_whose_logits_change_is_found_out(monkeypatch: pytest.MonkeyPatch):
     model = base_of("llama").model
     monkeypatch.setattr(type(model), "forward", shifting(type(model).forward))
-    assert try_slots(model)[0] == "its logits change when it decodes from slots"
+    assert try_slots(model).reason == "its logits change when it decodes from slots"
 
 
 def shifting(forward):
@@ -345,3 +346,97 @@ def test_prompts_that_cannot_be_filled_up_are_not(
     model, asked = intervened(family="gpt2"), [prompt(90, seed=seed) for seed in range(3)]
     assert tokens(model, asked, "f3+l3", GREEDY, size=1) == [recomputed(model, each, "f3+l3", 8) for each in asked]
     assert len(played_back) == 1 and not played_back[0]._passes
+
+
+# ---- a head that prompts share
+
+TEMPLATE = [(17 * token) % 280 + 5 for token in range(20)]
+
+
+def headed(*rests: int) -> list[Example]:
+    """Prompts that begin alike and go on with so many tokens."""
+    tails = [[(29 * row + 7 * token) % 290 + 2 for token in range(rest)] for row, rest in enumerate(rests)]
+    return [Example([*TEMPLATE, *tail], len(TEMPLATE) + len(tail), None, "", "", 1) for tail in tails]
+
+
+@contextmanager
+def counting_tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Tokens that each pass over prompts reads."""
+    read: list[int] = []
+    plain_prefill = slots.prefill
+
+    def counted(model, cache, prompts, places, **kept):
+        read.append(sum(map(len, prompts)))
+        return plain_prefill(model, cache, prompts, places, **kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "prefill", counted)
+        yield read
+
+
+@pytest.mark.parametrize("positions", ["f3+l3", "prompt", "all", "l1", "f25"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
+def test_a_head_that_prompts_share_is_read_once(family: str, positions: str, monkeypatch: pytest.MonkeyPatch):
+    model, asked = intervened(positions, family=family), headed(1, 4, 9, 4, 12, 2, 7)
+    with counting_tokens(monkeypatch) as read:
+        found = tokens(model, asked, positions, GREEDY, size=3)
+    head = 18 if positions == "f3+l3" else 20  # three from the end of the shortest
+    assert read[0] == head and sum(read) == head + sum(each.prompt_length - head for each in asked)
+    assert found == [recomputed(model, each, positions, 8) for each in asked]
+
+
+def test_a_head_lasts_for_one_call():
+    model = intervened("all")
+    serving = Decoder.of(model, Positions.parse("all").groups(tied=True), tokenizer=TOKENIZER)
+    heads = []
+    for asked in (headed(3, 5), [prompt(22), prompt(21)], headed(2), headed(6, 6, 1), [prompt(22)] * 2):
+        assert serving.why_not_slots(GREEDY) is None
+        for member, wanted in ((1, lambda each: recomputed(model, each, "all", 8)), (0, lambda each: plain(each, 8))):
+            found = from_slots(serving, requests_of(asked, member=member), GREEDY, size=2)
+            for each, answer in zip(asked, found, strict=True):
+                expected = wanted(each if member else each.input_ids)
+                assert answer[: len(expected)] == expected
+            assert serving._slots is not None
+            heads.append(serving._slots._heads.get(member))
+    assert heads == [20, 20, None, None, None, None, 20, 20, 21, 21]
+    assert not any("slot_begun" in vars(each) for each in model.base_model.modules())
+
+
+def test_each_checkpoint_reads_its_head(monkeypatch: pytest.MonkeyPatch):
+    models, together = mixed()
+    asked = [(member, each) for each in headed(3, 5, 4) for member in (0, 1, 2)] + [(5, headed(3)[0])]
+    requests = [Request(each.input_ids, member) for member, each in asked]
+    with counting_tokens(monkeypatch) as read:
+        found = from_slots(together, requests, GREEDY, size=7)
+    heads = {0: 20, 1: 20, 2: 20, 5: 0}
+    assert sum(read) == sum(heads.values()) + sum(each.prompt_length - heads[member] for member, each in asked)
+    for (member, each), answer in zip(asked, found, strict=True):
+        wanted = recomputed(models[member], each, MIXED[member][0], 8) if member else plain(each.input_ids, 8)
+        assert answer[: len(wanted)] == wanted
+
+
+def test_several_answers_to_a_prompt_read_it_once(monkeypatch: pytest.MonkeyPatch):
+    model, settings = intervened(), Decoding(max_new_tokens=6, temperature=1.0, repetition_penalty=1.3)
+    decoder_of_it = Decoder.of(model, Positions.parse("f3+l3").groups(tied=True), tokenizer=TOKENIZER)
+    requests = [Request(headed(9)[0].input_ids, 1, sample) for sample in range(4)]
+    with counting_tokens(monkeypatch) as read:
+        together = from_slots(decoder_of_it, requests, settings, size=2)
+    assert sum(read) == 28 + 4
+    assert together == [from_slots(decoder_of_it, [each], settings)[0] for each in requests]
+    assert len(set(map(tuple, together))) > 1
+
+
+def test_attention_that_knows_no_head_reads_prompts_whole(monkeypatch: pytest.MonkeyPatch):
+    by_length = attention._by_length
+
+    def headless(*args: object, **kwargs: object) -> Tensor:
+        if args[7] is not None:
+            raise attention.NotPackable("it knows no head")
+        return by_length(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_by_length", headless)
+    model, asked = intervened(), headed(3, 5)
+    assert not try_slots(model.base_model).keeps
+    with counting_tokens(monkeypatch) as read:
+        assert tokens(model, asked, "f3+l3", GREEDY) == [recomputed(model, each, "f3+l3", 8) for each in asked]
+    assert read == [48]
