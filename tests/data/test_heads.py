@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reft_cli.data import heads
 from reft_cli.data.batch import build_batch
 from reft_cli.data.capacity import fill
 from reft_cli.data.examples import Example, Examples
@@ -49,6 +50,18 @@ def rows(*rests: tuple[int, int], head: int = 30) -> Examples:
 )
 def test_where_a_head_ends(positions: str, rests: list[tuple[int, int]], length: int):
     assert common_head(rows(*rests), groups=groups(positions)) == length
+
+
+def test_rows_that_are_cut_have_one_that_they_hold():
+    assert common_head(rows((9, 3), (5, 2)).cut_at(25), groups=groups("f7")) == 24
+
+
+def test_many_rows_have_the_head_of_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heads, "TOGETHER", 3)
+    asked = [*rows(*[(9, 3)] * 9), *rows((9, 3), (9, 3), head=25)[1:], *rows(*[(9, 3)] * 3)[1:]]
+    assert common_head(Examples.of(asked[:9]), groups=groups("f7")) == 30
+    assert common_head(Examples.of(asked), groups=groups("f7")) == 25
+    assert common_head(Examples.of([*asked, Example([5] * 40, 39, None, "", "", 9)]), groups=groups("f7")) == 0
 
 
 def test_rows_of_other_templates_have_none():
