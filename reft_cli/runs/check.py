@@ -183,5 +183,6 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
             checkpointing=spec.train.gradient_checkpointing,
             compiled=execution.compiled,
             recorded=execution.recorded,
+            shared=execution.shared,
         ),
     )

@@ -10,6 +10,7 @@ import torch
 
 from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
 from reft_cli.data.examples import Example, Examples
+from reft_cli.models.attention import SHARED_HEAD
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import PositionGroup
 from reft_cli.runs.memory import RECORDED, memory_parts_of
@@ -34,7 +35,7 @@ class Estimate:
     seconds: float | None
     """All training steps, by the time of one pass over the longest rows; None if that would take long here."""
     measured_bytes: int | None
-    """Peak of that pass, where the device counts it; None if training is compiled or recorded."""
+    """Peak of that pass, where the device counts it; None if training is compiled or recorded or shares heads."""
 
     @property
     def memory_bytes(self) -> int:
@@ -62,19 +63,22 @@ def estimate(
     checkpointing: bool,
     compiled: bool,
     recorded: bool,
+    shared: bool,
 ) -> Estimate:
     """What `steps` steps take; the largest micro-batch is the one of the longest rows.
 
     The pass that is tried is neither compiled nor recorded, which would take long; it tells no memory of such a run.
+    Where rows share a head it is read once in that pass, and memory is for one whose rows share none.
     """
     columns = Examples.of(examples)
     longest = columns.longest_first()[:global_batch_size]
     first = next(micro_batches(longest, token_budget=token_budget, rows=micro_batch_size, padded=layout == "padded"))
-    batch = build_batch(first, groups=groups, layout=layout, pad_token_id=pad_token_id)
+    batch = build_batch(first, groups=groups, layout=layout, pad_token_id=pad_token_id, share_head=shared)
     lengths = [each.size for each in first]
     tokens = sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
     seen = tokens_of(columns, global_batch_size=global_batch_size, steps=steps)
-    for_each_token = model.operations_a_token()
+    saved = int(batch.inputs.get(SHARED_HEAD, 0)) * (len(first) - 1) / tokens
+    for_each_token = model.operations_a_token() * (1 - saved)
     parts = memory_parts_of(
         model, task, examples=columns, groups=groups, layout=layout, checkpointing=checkpointing, compiled=compiled
     )
@@ -97,7 +101,7 @@ def estimate(
         operations=for_each_token * seen,
         tokens=seen,
         seconds=seconds,
-        measured_bytes=None if compiled or recorded else measured,
+        measured_bytes=None if compiled or recorded or shared else measured,
     )
 
 

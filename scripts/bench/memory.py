@@ -125,6 +125,7 @@ def trained(model: Any, plan: Plan, case: Case, args: argparse.Namespace) -> dic
             groups=Positions.parse(plan.positions).groups(tied=True), layout="packed", pad_token_id=0, steps=1,
             global_batch_size=args.rows, micro_batch_size=None, token_budget=plan.budget,
             checkpointing=case.checkpointing, compiled=compiled, recorded=compiled and not case.checkpointing,
+            shared=False,
         )  # fmt: skip
         measured = None if expected.measured_bytes is None else expected.measured_bytes / GIB
         found |= {"pass_tokens": expected.pass_tokens, f"{name}_predicted_gib": expected.predicted_bytes / GIB}

@@ -58,7 +58,7 @@ def estimate_of(
     return estimate(
         model, TASK, examples=rows(count, tokens), groups=POSITIONS.groups(tied=True), layout="packed", pad_token_id=0,
         steps=1, global_batch_size=count, micro_batch_size=None, token_budget=8192, checkpointing=checkpointing,
-        compiled=False, recorded=recorded,
+        compiled=False, recorded=recorded, shared=False,
     )  # fmt: skip
 
 

@@ -97,6 +97,12 @@ def test_a_run_that_shares_heads_resumes_to_the_bit(make_spec: MakeSpec, tmp_pat
     torch.testing.assert_close(weights(resumed.run), weights(whole.run), rtol=0, atol=0)
 
 
-def test_check_says_whether_heads_are_shared(make_spec: MakeSpec):
-    report = runs.check(make_spec(TEMPLATE))
-    assert report.model is not None and report.model.execution.shared
+def test_check_says_whether_heads_are_shared_and_counts_them_once(make_spec: MakeSpec):
+    found = {way: runs.check(make_spec(TEMPLATE, f"train.share_head={way}")).model for way in ("auto", "off")}
+    shared, whole = found["auto"], found["off"]
+    assert shared is not None and whole is not None
+    assert shared.execution.shared and not whole.execution.shared
+    less = shared.estimate.operations / whole.estimate.operations
+    assert 0.2 < less < 0.8, less
+    assert shared.estimate.tokens == whole.estimate.tokens
+    assert shared.estimate.memory_bytes == whole.estimate.memory_bytes  # the next rows may share no head
