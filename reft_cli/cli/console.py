@@ -121,10 +121,24 @@ def result(text: str) -> None:
 
 
 def result_json(value: Any) -> None:  # noqa: ANN401  any JSON value
-    """Print one JSON value on one line; NaN and infinity become null."""
+    """Print one JSON value on one line."""
+    result(json_line(value, encoding=sys.stdout.encoding))
+
+
+def json_line(value: Any, *, encoding: str | None) -> str:  # noqa: ANN401  any JSON value
+    """A JSON value on one line; NaN and infinity are null, other Python objects their text.
+
+    Letters stand as they are unless the encoding lacks one, as it does half of a surrogate pair; then all are escaped.
+    """
     from reft_cli.runfolder import finite
 
-    result(json.dumps(finite(value), ensure_ascii=False, allow_nan=False))
+    value = finite(value)
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        line.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, default=str)
+    return line
 
 
 def result_rich(renderable: RenderableType) -> None:

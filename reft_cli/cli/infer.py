@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -16,7 +16,7 @@ import typer
 from reft_cli.cli import console, options
 from reft_cli.cli.importing import importing
 from reft_cli.cli.progress import progress
-from reft_cli.errors import DataError, Problem, SpecError
+from reft_cli.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from reft_cli.data.records import Rows
@@ -238,7 +238,7 @@ def _answer_rows(session: Session, source: str, how: How, *, output: Path | None
         found = how.answers(session, prompts[done:])
         for number, (row, answers) in enumerate(zip(rows.rows[done:], found, strict=True), start=done + 1):
             line = row | {ADDED[name]: how.one_or_all([each.text for each in texts]) for name, texts in answers.items()}
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.write(console.json_line(line, encoding=file.encoding) + "\n")
             file.flush()
             observer.on_progress(number, len(rows))
     if output is not None:
@@ -252,22 +252,16 @@ def _read_file(path: str) -> Rows:
 
 
 def _read_stdin() -> Rows:
-    from reft_cli.data.records import Rows
+    from reft_cli.data.records import parse_jsonl
 
-    lines = [(number, line) for number, line in enumerate(sys.stdin, start=1) if line.strip()]
-    rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            hint = 'One JSON object a line is needed, for example {"prompt": "..."}; for one text use --prompt'
-            raise DataError(Problem("not a JSON object", file="stdin", line=number, column=1, hint=hint))
-        rows.append(row)
-    if not rows:
+    try:
+        rows = parse_jsonl(sys.stdin.buffer, name="stdin")
+    except DataError as error:
+        hint = 'One JSON object a line is needed, for example {"prompt": "..."}; for one text use --prompt'
+        raise DataError(replace(error.problems[0], hint=hint)) from error
+    if not rows.rows:
         raise DataError("stdin: no rows")
-    return Rows("stdin", rows, [*range(1, len(rows) + 1)], [number for number, _ in lines])
+    return rows
 
 
 def _prompt(session: Session, rows: Rows, index: int, *, raw: bool) -> str | Mapping[str, Any]:
@@ -289,17 +283,32 @@ def _done(output: Path | None, rows: Rows, *, resume: bool) -> int:
         return 0
     if not resume:
         raise SpecError(f"{output} exists; go on with it by --resume, or write another file")
-    text = output.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    for index, line in enumerate(whole.splitlines()):
-        row = {key: value for key, value in json.loads(line).items() if key not in ADDED.values()}
-        if index >= len(rows) or row != json.loads(json.dumps(rows.rows[index], default=str)):
+    content = _content(output)
+    whole = content[: content.rfind(b"\n") + 1]
+    for index, line in enumerate(whole.split(b"\n")[:-1]):
+        if index >= len(rows) or _answered(line) != json.loads(console.json_line(rows.rows[index], encoding=None)):
             raise SpecError(
                 f"{output}:{index + 1} is not the answer to row {index + 1} of {rows.name}; write another file"
             )
-    if whole != text:
-        output.write_text(whole, encoding="utf-8")
-    return whole.count("\n")
+    if whole != content:
+        output.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+
+
+def _answered(line: bytes) -> Any:  # noqa: ANN401  any JSON value, or None for what is none
+    """The row that a line of an output answers."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return {key: value for key, value in row.items() if key not in ADDED.values()} if isinstance(row, dict) else row
 
 
 class _opened:

@@ -39,7 +39,7 @@ class AnswerStore:
         for path in self._files():
             text = path.read_text(encoding="utf-8", errors="replace")
             whole = text[: text.rfind("\n") + 1]
-            for line in whole.splitlines():
+            for line in whole.split("\n")[:-1]:  # str.splitlines breaks at U+2028 and U+0085 inside answers too
                 values = json.loads(line)
                 yield values.pop("key"), Answer(**values)
             if whole != text:

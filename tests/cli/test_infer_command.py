@@ -26,6 +26,11 @@ def rows(tmp_path, monkeypatch):
     return "in.jsonl"
 
 
+def piped(content: str | bytes) -> io.TextIOWrapper:
+    """Standard input with this content."""
+    return io.TextIOWrapper(io.BytesIO(content if isinstance(content, bytes) else content.encode()))
+
+
 # ---- one prompt
 
 
@@ -143,7 +148,7 @@ def test_rows_in_rows_out_in_order(reft, session, rows):
 
 
 def test_rows_from_stdin_answered_by_both(reft, session, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "a"}\n\n{"text": "bc"}\n'))
+    monkeypatch.setattr(sys, "stdin", piped('{"text": "a"}\n\n{"text": "bc"}\n'))
     lines = [json.loads(line) for line in reft("infer", "runs/s", "--input", "-", "--compare", "-q").out.splitlines()]
     assert lines[1] == {"text": "bc", "base_prediction": " cb\n", "prediction": " BC\n"}
 
@@ -151,24 +156,41 @@ def test_rows_from_stdin_answered_by_both(reft, session, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"text": "a"}\nplain words\n', "stdin:2:1: not a JSON object"),
-        ('"a"\n', "stdin:1:1: not a JSON object"),
+        ('{"text": "a"}\nplain words\n', "stdin:2: not JSON (expecting value, column 1)\n  One JSON object a line"),
+        ('"a"\n', "stdin:1: a row has to be an object"),
+        (b'{"text": "\xff"}\n', "stdin:1: not UTF-8 text"),
         ("", "stdin: no rows"),
         ('{"words": "a"}\n', "no column `text`"),
         ('{"text": "a", "prediction": 1}\n', "has a column `prediction`, where the answer goes"),
     ],
 )
 def test_rows_that_cannot_be_answered(reft, session, monkeypatch, text, said):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(sys, "stdin", piped(text))
     done = reft("infer", "runs/s", "--input", "-")
     assert done.code == 3 and done.out == "" and said in done.err
 
 
+def test_rows_from_stdin_may_begin_with_a_byte_order_mark(reft, session, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", piped("\ufeff" + '{"text": "a\u2028b"}\r\n{"text": "c"}\r\n'))
+    lines = reft("infer", "runs/s", "--input", "-", "-q").out.split("\n")[:-1]
+    assert [json.loads(line)["text"] for line in lines] == ["a\u2028b", "c"]
+
+
+def test_answers_are_json_whatever_the_rows_hold(reft, session, tmp_path, monkeypatch):
+    """NaN is no JSON, and half of a surrogate pair ended the program where a file was written."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('{"text": "a", "half": "\\ud83d", "gap": NaN}\n{"text": "b"}\n')
+    assert reft("infer", "runs/s", "--input", "in.jsonl", "-o", "out.jsonl").code == 0
+    for text in (Path("out.jsonl").read_text(), reft("infer", "runs/s", "--input", "in.jsonl", "-q").out):
+        row = json.loads(text.split("\n")[0], parse_constant=pytest.fail)
+        assert row == {"text": "a", "half": "\ud83d", "gap": None, "prediction": " A\n"}
+
+
 def test_raw_rows_are_taken_from_the_column_prompt(reft, session, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "as it is"}\n'))
+    monkeypatch.setattr(sys, "stdin", piped('{"prompt": "as it is"}\n'))
     reft("infer", "runs/s", "--input", "-", "--raw")
     assert session.calls[0]["prompts"] == ["as it is"] and session.calls[0]["raw"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "x"}\n'))
+    monkeypatch.setattr(sys, "stdin", piped('{"text": "x"}\n'))
     assert "--raw takes the text of column `prompt`" in reft("infer", "runs/s", "--input", "-", "--raw").err
 
 
@@ -190,6 +212,24 @@ def test_an_output_is_gone_on_with(reft, session, rows):
     assert "answering: 600 rows, from row" in done.err
     assert sum(len(call["prompts"]) for call in session.calls) == 600 - torn.count("\n")
     assert Path("part.jsonl").read_text() == whole
+
+
+def test_an_output_of_any_text_is_gone_on_with(reft, session, tmp_path, monkeypatch):
+    """`str.splitlines` broke lines at U+2028 and U+0085, and NaN is not equal to itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('{"text": "a\u2028b\x85c", "gap": NaN}\n{"text": "d"}\n', encoding="utf-8")
+    reft("infer", "runs/s", "--input", "in.jsonl", "-o", "out.jsonl")
+    done = reft("infer", "runs/s", "--input", "in.jsonl", "-o", "out.jsonl", "--resume")
+    assert done.code == 0 and "answering: 2 rows, from row 2" in done.err
+
+
+@pytest.mark.parametrize("content", [b"not json\n", b"\xff\n", b"7\n"])
+def test_an_output_that_is_none_is_refused(reft, session, rows, content):
+    Path("out.jsonl").write_bytes(content)
+    done = reft("infer", "runs/s", "--input", rows, "-o", "out.jsonl", "--resume")
+    assert done.code == 2 and "out.jsonl:1 is not the answer to row 1" in done.err
+    done = reft("infer", "runs/s", "--input", rows, "-o", ".", "--resume")
+    assert done.code == 2 and ".: cannot be read: is a directory" in done.err
 
 
 def test_an_output_of_other_rows_is_refused(reft, session, rows):

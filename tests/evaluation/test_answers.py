@@ -13,7 +13,7 @@ from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Answer, Request
 from reft_cli.positions import Positions
 
-ANSWER = Answer("as “it” is\n", 3, True)
+ANSWER = Answer("as “it” is\n\u2028 \x85", 3, True)  # at the last two `str.splitlines` breaks too
 
 
 def test_an_answer_is_known_by_what_decides_it(tmp_path: Path):
