@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from reft_cli.models.placement import is_spread, spreading
 from reft_cli.models.sharding import shard_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POOLER = ".pooler."  # in the names of BERT's weights that only a head for whole texts reads
 HEAD_STREAM = 1_000_003  # added to the seed for a head's start: the bank draws from the seed itself
 FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
@@ -132,29 +133,53 @@ def load_tokenizer(source: BaseSource) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(source: BaseSource) -> BaseModel:
-    """A frozen decoder with its language-modelling head."""
-    return _load(source, AutoModelForCausalLM, {})
+    """A frozen decoder with its language-modelling head. ModelError: its files lack weights, such as the head's."""
+    loaded, missing = _load(source, AutoModelForCausalLM, {})
+    if missing:
+        raise ModelError(
+            f"{source.name}: its files lack {_shown(missing)}, and without trained ones it cannot write; give a model "
+            "with a language-modelling head, or write task.kind: classification"
+        )
+    return loaded
 
 
 def load_classifier(source: BaseSource, *, outputs: int, pad_token_id: int | None, seed: int) -> BaseModel:
-    """A frozen transformer with a head of `outputs` numbers that trains, in float32; its weights follow `seed`."""
+    """A frozen transformer with a head of `outputs` numbers that trains, in float32; its weights follow `seed`.
+
+    A pooler that the files lack, as those of models for masked words do, is part of the head. ModelError: they lack
+    other weights of the transformer.
+    """
     torch.manual_seed(seed + HEAD_STREAM)
-    loaded = _load(source, AutoModelForSequenceClassification, {"num_labels": outputs, "pad_token_id": pad_token_id})
-    for name, parameter in loaded.model.named_parameters():
-        if not name.startswith(f"{loaded.model.base_model_prefix}."):
+    overrides = {"num_labels": outputs, "pad_token_id": pad_token_id}
+    loaded, missing = _load(source, AutoModelForSequenceClassification, overrides)
+    model, transformer = loaded.model, loaded.model.base_model_prefix
+    lacking = [name for name in missing if name.startswith(f"{transformer}.")]
+    if not all(POOLER in name for name in lacking) or (lacking and source.quantization in KINDS):
+        raise ModelError(f"{source.name}: its files lack {_shown(lacking)}, which are not trained here")
+    poolers = {name[: name.index(POOLER) + len(POOLER) - 1] for name in lacking}
+    for head in (*(child for name, child in model.named_children() if name != transformer), *_modules(model, poolers)):
+        for parameter in head.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    for name, child in loaded.model.named_children():
-        if name != loaded.model.base_model_prefix:
-            child.register_forward_pre_hook(_float_input)
+        head.register_forward_pre_hook(_float_input)
     return loaded
+
+
+def _modules(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    return [model.get_submodule(path) for path in sorted(paths)]
+
+
+def _shown(names: Sequence[str]) -> str:
+    """One of the names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _float_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
-def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseModel:
+def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> tuple[BaseModel, list[str]]:
+    """The model, and the names of parameters that its files lack, which are random."""
     config = load_config(source)
     for key, value in overrides.items():
         setattr(config, key, value)
@@ -169,19 +194,21 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers warns of weights that the head brings anew
-            model = auto.from_pretrained(  # type: ignore[attr-defined]  # every Auto class has it
+            model, info = auto.from_pretrained(  # type: ignore[attr-defined]  # every Auto class has it
                 source.location,
                 config=config,
                 revision=source.revision,
                 dtype=pick_dtype(source.dtype, device),
                 attn_implementation=None if source.attention == "auto" else source.attention,
                 trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
                 **_placement(source, auto, config, device),
             )
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         raise ModelError(_explain(source, error)) from error
+    missing = sorted({name for name, _ in model.named_parameters()} & {*info["missing_keys"]})
     model.requires_grad_(False)
     model.eval()
     if source.shard:
@@ -191,7 +218,7 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> BaseMode
     if source.quantization not in KINDS and not is_spread(model):
         model.to(device)
     commit = getattr(config, "_commit_hash", None)
-    return BaseModel(model, source.name, commit, shape_hash(model), source.dtype, source.quantization)
+    return BaseModel(model, source.name, commit, shape_hash(model), source.dtype, source.quantization), missing
 
 
 def _placement(source: BaseSource, auto: type, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:

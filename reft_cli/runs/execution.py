@@ -9,6 +9,8 @@ from reft_cli.data.batch import Layout
 from reft_cli.data.examples import Example, Examples
 from reft_cli.data.heads import LEAST, typical_head
 from reft_cli.errors import ModelError
+from reft_cli.kinds import WRITING
+from reft_cli.models.causality import sees_ahead
 from reft_cli.models.compiling import why_not_compiled
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed, why_not_shared
@@ -50,6 +52,7 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     steps = Order(len(examples), batch, spec.train.seed).steps(spec.train.epochs, spec.train.max_steps)
     operations = model.operations_a_token() * tokens_of(examples, global_batch_size=batch, steps=steps)
     _check_offloading(model, spec)
+    _check_causal(model, spec)
     layout, layout_reason = _choose_layout(model, spec)
     compiled, compile_reason = _choose_compiling(model, spec, operations)
     recorded, record_reason = False, None
@@ -90,6 +93,15 @@ def _check_offloading(model: IntervenedModel, spec: Spec) -> None:
         raise ModelError(
             f"model.device_map: the base is larger than the devices ({places}), and weights that are fetched for a "
             "block leave again before the pass is over only with train.gradient_checkpointing: true"
+        )
+
+
+def _check_causal(model: IntervenedModel, spec: Spec) -> None:
+    """ModelError: a model that is to write reads the answers themselves while it learns them."""
+    if spec.task.kind in WRITING and sees_ahead(model.base_model):
+        raise ModelError(
+            f"{spec.model.name}: its tokens see those after them, as an encoder's do, so it cannot learn to write; "
+            "give a decoder, or write task.kind: classification or regression"
         )
 
 

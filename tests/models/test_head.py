@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import normalize
 
+from reft_cli.errors import ModelError
 from reft_cli.models.build import build_intervened
-from reft_cli.models.loading import BaseSource, load_classifier
+from reft_cli.models.loading import BaseSource, load_causal_lm, load_classifier
 from reft_cli.positions import Positions
+from tiny_models import config_of, decoder
 
 
 @pytest.mark.parametrize("seed", [0, 42])
@@ -33,3 +36,32 @@ def test_a_seed_is_a_heads_start(tiny_llama: Path):
     ]
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)
+
+
+def test_a_pooler_that_the_files_lack_is_part_of_the_head(tmp_path: Path):
+    """It was random, frozen and in no checkpoint, so that `reft eval` scored another one than `reft train` had used."""
+    transformers.BertForMaskedLM(config_of("bert")).save_pretrained(tmp_path)
+    source = BaseSource(str(tmp_path), device="cpu", dtype="bfloat16")
+    model = load_classifier(source, outputs=3, pad_token_id=1, seed=0).model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[0] for name in trained} == {"classifier", "bert.pooler.dense"}
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_a_pooler_that_is_there_stays_frozen(tmp_path: Path):
+    transformers.BertModel(config_of("bert")).save_pretrained(tmp_path)
+    model = load_classifier(BaseSource(str(tmp_path), device="cpu"), outputs=3, pad_token_id=1, seed=0).model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
+
+
+def test_weights_that_the_files_lack_are_not_made_up(tmp_path: Path):
+    decoder("llama").model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its files lack lm_head\.weight, and without trained ones it cannot write"):
+        load_causal_lm(BaseSource(str(tmp_path), device="cpu"))
+    config = config_of("llama")
+    config.num_hidden_layers += 1
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its files lack model\.layers\.3\.\S+ and 8 more, which are not"):
+        load_classifier(BaseSource(str(tmp_path), device="cpu"), outputs=3, pad_token_id=1, seed=0)

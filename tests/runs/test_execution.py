@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from reft_cli import runs
 from reft_cli.data.encode import Example
@@ -25,7 +26,7 @@ from reft_cli.spec.load import LoadedSpec
 from reft_cli.tasks.objectives import Task
 from reft_cli.training import loop
 from reft_cli.training.passes import PlainPasses, why_not_recorded
-from tiny_models import base_of
+from tiny_models import base_of, config_of
 
 MakeSpec = Callable[..., LoadedSpec]
 ROWS = [Example([5, 6, 7], 2, None, "", "", row) for row in range(4)]
@@ -45,6 +46,13 @@ def test_a_cpu_packs_and_says_why_it_does_no_more(model, make_spec: MakeSpec):
     assert chosen.layout_reason is None
     assert chosen.compile_reason == "it pays on a GPU only; train.compile: on does it here"
     assert chosen.record_reason == "there are no CUDA graphs on cpu"
+
+
+def test_an_encoder_is_not_taught_to_write(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
+    """It read the answers that it was to predict: training went well and answers were noise."""
+    monkeypatch.setattr(model, "base_model", transformers.BertLMHeadModel(config_of("bert")).eval())
+    with pytest.raises(ModelError, match=r"its tokens see those after them, as an encoder's do, so it cannot learn"):
+        choose_execution(model, make_spec().spec, ROWS)
 
 
 def test_what_was_asked_for_has_no_reason(model, make_spec: MakeSpec):
