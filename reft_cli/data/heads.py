@@ -7,6 +7,7 @@ Where both are the same in all rows, so are the states. Shapes: B sequences, P t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from reft_cli.data.examples import Example, Examples
 from reft_cli.positions import PositionGroup
 
 LEAST = 16  # tokens; less is not worth an attention of its own
+START = 64  # tokens that could be read in the time it takes to start a pass
 TOGETHER = 1024  # sequences compared at once, which bounds the memory for it
 
 
@@ -50,3 +52,35 @@ def typical_head(examples: Sequence[Example], *, groups: Sequence[PositionGroup]
     columns = Examples.of(examples)
     chosen = np.linspace(0, len(columns) - 1, min(rows, len(columns))).astype(np.int64)
     return common_head(columns.take(chosen), groups=groups)
+
+
+def cut_alike(examples: Sequence[Example], *, rows: int) -> list[list[Example]]:
+    """Passes of at most `rows` sequences, longest first, so that heads read once a pass save the most tokens.
+
+    In the order of their tokens sequences stand beside those that begin like them. Of all cuts of that order the
+    cheapest is found from its front: a pass of B sequences costs `START` + Σ length - P (B - 1) tokens.
+    """
+    ordered = sorted(examples, key=lambda each: each.input_ids)
+    alike = [0, *(_alike_prompts(*each) for each in pairwise(ordered))]  # tokens that each shares with the one before
+    costs, begins = [0.0], [0]  # of the first so many sequences, and where their last pass begins
+    for end in range(1, len(ordered) + 1):
+        ways, tokens, head = [], 0, len(ordered[end - 1].input_ids)
+        for start in range(end - 1, max(end - rows, 0) - 1, -1):
+            tokens += len(ordered[start].input_ids)
+            saved = head * (end - start - 1) if head >= LEAST else 0
+            ways.append((costs[start] + START + tokens - saved, start))
+            head = min(head, alike[start])
+        cost, begin = min(ways)
+        costs.append(cost)
+        begins.append(begin)
+    passes, end = [], len(ordered)
+    while end:
+        passes.append(sorted(ordered[begins[end] : end], key=lambda each: -len(each.input_ids)))
+        end = begins[end]
+    return passes[::-1]
+
+
+def _alike_prompts(one: Example, other: Example) -> int:
+    """Tokens that two prompts begin with alike, but for the last of the shorter."""
+    most = max(min(one.prompt_length, other.prompt_length) - 1, 0)
+    return next((at for at in range(most) if one.input_ids[at] != other.input_ids[at]), most)

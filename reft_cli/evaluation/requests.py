@@ -6,14 +6,16 @@ the batch moves them. lm-eval itself is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.examples import Example
+from reft_cli.data.heads import cut_alike
 from reft_cli.data.tokens import text_tokenizer
 from reft_cli.errors import DataError, SpecError
 from reft_cli.evaluation.answers import answer_all
@@ -21,6 +23,7 @@ from reft_cli.generation.decode import Decoder
 from reft_cli.generation.settings import Decoding, Request
 from reft_cli.models.context import longest_sequence
 from reft_cli.models.intervened import IntervenedModel
+from reft_cli.models.packing import why_not_packed, why_not_shared
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.likelihood import likelihoods
 
@@ -98,11 +101,23 @@ class Requests:
                 if request.prompted == prompted and request.continuation
             ]
             groups = [group for group in self.groups if prompted or group.phase != "prompt"] if self.edited else []
-            for chosen in micro_batches(examples, token_budget=0, rows=self.batch_size or BATCH, padded=True):
+            for chosen in self._passes(examples):
                 found |= self._scored(chosen, groups)
                 self._count(len(chosen), total)
         self.unprompted += sum(not request.prompted for request in requests)
         return [found.get(number, Likelihood(0.0, True)) for number in range(len(requests))]
+
+    def _passes(self, examples: Sequence[Example]) -> Iterable[list[Example]]:
+        rows = self.batch_size or BATCH
+        if self._shares_heads:
+            return cut_alike(examples, rows=rows)
+        return micro_batches(examples, token_budget=0, rows=rows, padded=True)
+
+    @cached_property
+    def _shares_heads(self) -> bool:
+        """Whether contexts that begin alike are read once; found by trying the model."""
+        base = self.model.base_model
+        return why_not_packed(base) is None and why_not_shared(base) is None
 
     def _example(self, request: Continuation, number: int) -> Example:
         """The last token is a target only, so that there may be one more than the model takes."""
@@ -113,9 +128,15 @@ class Requests:
         return Example(kept, len(kept) - answer, None, "", "", number)
 
     def _scored(self, examples: Sequence[Example], groups: Sequence[PositionGroup]) -> dict[int, Likelihood]:
-        pad = self.tokenizer.pad_token_id or 0
-        batch = build_batch(examples, groups=groups, layout="padded", pad_token_id=pad).to(self.model.device)
-        with self.model.editing(batch.rows):
+        shared = self._shares_heads
+        batch = build_batch(
+            examples,
+            groups=groups,
+            layout="packed" if shared else "padded",
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            share_head=shared,
+        ).to(self.model.device)
+        with self.model.packing(shared), self.model.editing(batch.rows):
             chosen, hits = likelihoods(self.model, batch)
         sizes = [example.learned for example in examples]
         parts = zip(examples, chosen.double().split(sizes), hits.split(sizes), strict=True)

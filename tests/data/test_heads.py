@@ -13,7 +13,7 @@ from reft_cli.data import heads
 from reft_cli.data.batch import build_batch
 from reft_cli.data.capacity import fill
 from reft_cli.data.examples import Example, Examples
-from reft_cli.data.heads import LEAST, common_head, typical_head
+from reft_cli.data.heads import LEAST, START, common_head, cut_alike, typical_head
 from reft_cli.positions import Positions
 
 HEAD = list(range(100, 130))
@@ -99,6 +99,32 @@ def test_a_shared_batch_is_the_same_tokens_edits_and_answers(rests: list[tuple[i
         marked = torch.zeros(len(at), dtype=torch.bool)
         marked[whole.rows[name]] = True
         assert torch.equal(torch.isin(at, edited), marked)  # and nothing else
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 20, 30]), st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=6),
+    st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_passes_are_cut_where_heads_save_most(drawn: list[tuple[int, int, int]], most: int):
+    asked = [
+        Example([*HEAD[:head], *range(row, row + prompt + answer)], head + prompt, None, "", "", row)
+        for row, (head, prompt, answer) in enumerate(drawn)
+    ]
+    passes = cut_alike(asked, rows=most)
+    assert sorted(each.row for chosen in passes for each in chosen) == list(range(len(asked)))
+    assert all(len(chosen) <= most for chosen in passes)
+    assert all(one.size >= other.size for chosen in passes for one, other in pairwise(chosen))
+
+    def cost(chosen: list[Example]) -> int:
+        head = common_head(Examples.of(chosen), groups=())
+        return START + sum(each.size for each in chosen) - head * (len(chosen) - 1)
+
+    def cheapest(ordered: list[Example]) -> int:
+        ways = range(1, min(most, len(ordered)) + 1)
+        return min((cost(ordered[:count]) + cheapest(ordered[count:]) for count in ways), default=0)
+
+    assert sum(map(cost, passes)) == cheapest(sorted(asked, key=lambda each: each.input_ids))
 
 
 def given_rows_tokens(examples: Examples) -> torch.Tensor:

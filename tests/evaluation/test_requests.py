@@ -8,6 +8,7 @@ import torch
 from reft_cli.data.batch import build_batch
 from reft_cli.data.examples import Example
 from reft_cli.errors import DataError, SpecError
+from reft_cli.evaluation import requests as module
 from reft_cli.evaluation.requests import Continuation, Requests
 from reft_cli.generation.decode import Decoder
 from reft_cli.models.build import build_intervened
@@ -69,6 +70,30 @@ def test_scores_do_not_change_with_the_batch(positions, family):
         assert scores(requests(positions, family=family, batch_size=size)) == pytest.approx(alone, abs=2e-5)
     swapped = scores(requests(positions, family=family, batch_size=3), PAIRS[::-1])
     assert swapped[::-1] == pytest.approx(alone, abs=2e-5)
+
+
+SHOTS = "Review: bad -> no. Review: fine -> yes. "
+CHOICES = [
+    (SHOTS + f"Review: {text} ->", answer) for text in ("good", "too long by far", "x") for answer in (" yes", " n")
+]
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "l1", "prompt", "generated", "all"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_contexts_that_begin_alike_are_read_once(positions, family, monkeypatch):
+    alone = scores(requests(positions, family=family, batch_size=1), CHOICES)
+    read, plain = [], module.build_batch
+
+    def building(examples, **given):
+        batch = plain(examples, **given)
+        read.append(batch.inputs["input_ids"].numel())
+        return batch
+
+    monkeypatch.setattr(module, "build_batch", building)
+    answering = requests(positions, family=family, batch_size=8)
+    assert scores(answering, CHOICES) == pytest.approx(alone, abs=2e-5)
+    lengths = [len(each.context) + len(each.continuation) - 1 for each in asked(answering, CHOICES)]
+    assert len(read) == 1 and read[0] < 0.5 * sum(lengths)
 
 
 def test_the_padding_side_of_the_tokenizer_does_not_matter():
@@ -158,7 +183,7 @@ def test_progress_is_told():
     with answering.model:
         answering.likelihoods(asked(answering))
         answering.generate(["a"], [{"max_gen_toks": 2}])
-    assert told == [(3, 4), (4, 4), (5, 5)]
+    assert told == [(1, 4), (4, 4), (5, 5)]
 
 
 def test_texts_are_written_as_each_request_says():
