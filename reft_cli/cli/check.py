@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reft_cli.runs.estimate import Estimate
     from reft_cli.runs.execution import Execution
 
+SHOWN = 24  # classes
 ESCAPES = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})
 
 
@@ -136,9 +137,13 @@ def _print_data(data: dict[str, DataReport]) -> None:
     console.result_table(["split", "data", *counts, *lengths], lines, right=[*counts, *lengths])
     for split, report in data.items():
         if report.labels:
-            console.result(
-                f"{split} labels: " + ", ".join(f"{name} {count:,}" for name, count in report.labels.items())
-            )
+            console.result(f"{split} labels: {_classes(report.labels)}")
+
+
+def _classes(rows: dict[str, int]) -> str:
+    """Classes with their rows; of many the first ones."""
+    shown = [f"{name} {count:,}" for name, count in list(rows.items())[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
 
 
 def marked(tokens: Iterable[Token]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from reft_cli.errors import DataError, Problem
 
 Fields = dict[str, Any]
+SHAREGPT = {"role": "from", "content": "value"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -100,11 +101,15 @@ class Format:
         role, content = (self.columns.get(name, name) for name in ("role", "content"))
         messages = []
         for number, message in enumerate(given, start=1):
-            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in (role, content)):
+            place = f"{where}: message {number} of `{column}`"
+            if not isinstance(message, dict) or not {role, content} <= message.keys():
                 found = _listed(message) if isinstance(message, dict) else "no object"
-                raise DataError(
-                    f"{where}: message {number} of `{column}` needs texts {role} and {content}; it has {found}"
-                )
+                sharegpt = isinstance(message, dict) and {*SHAREGPT.values()} <= message.keys()
+                remedy = f"; write data.columns: {{{_pairs(SHAREGPT)}}}" if sharegpt else ""
+                raise DataError(f"{place} needs texts {role} and {content}; it has {found}{remedy}")
+            for key in (role, content):
+                if not isinstance(message[key], str) or as_text(message[key]) is None:
+                    raise DataError(f"{place}: {key} {not_text(message[key])}")
             rest = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
             speaker = SHAREGPT_ROLES.get(message[role], message[role]) if role != "role" else message[role]
             messages.append({"role": speaker, "content": message[content], **rest})
@@ -328,8 +333,12 @@ def _nearness(chosen: Format, columns: Sequence[str]) -> tuple[int, int, int]:
 
 def _mapping_hint(chosen: Format, columns: Sequence[str]) -> str:
     guessed = _guess(chosen, columns)
-    pairs = [f"{name}: {guessed.get(name, '…')}" for name in chosen.needed if guessed.get(name) != name]
-    return f"Map them: columns: {{{', '.join(pairs)}}}"
+    wanted = {name: guessed.get(name, "…") for name in chosen.needed if guessed.get(name) != name}
+    return f"Map them: columns: {{{_pairs(wanted)}}}"
+
+
+def _pairs(mapping: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {column}" for name, column in mapping.items())
 
 
 def _near(given: str, known: Sequence[str]) -> str:

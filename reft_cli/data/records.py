@@ -34,6 +34,7 @@ ALIASES = {
 SPLIT = re.compile(r"(?P<name>[\w.-]*)(?P<slice>\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SORTED = json.JSONEncoder(sort_keys=True, default=str).encode
+SEPARATORS = (";", "\t", "|")  # what some programs write between the columns of a CSV file
 LONGEST_FIELD = 1 << 30  # characters in a CSV field; Python's own limit of 131,072 is shorter than some documents
 
 
@@ -130,11 +131,13 @@ def parse_jsonl(lines: Iterable[bytes], *, name: str) -> Rows:
     rows, numbers = [], []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            text = _decoded(line, f"{name}:{number}", first=number == 1)
+            text = _decoded(line, f"{name}:{number}", first=number == 1).rstrip("\r\n")
             try:
                 rows.append(json.loads(text))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{name}:{number}: not JSON ({_because(error)})") from error
+                in_array = isinstance(error, json.JSONDecodeError) and text.lstrip().startswith("[")
+                array = "; each line is a row here, not part of an array" if in_array else ""
+                raise DataError(f"{name}:{number}: not JSON ({_because(error)}){array}") from error
             numbers.append(number)
     return _checked(_numbered(name, rows, numbers))
 
@@ -361,6 +364,9 @@ def _csv_header(names: list[str], name: str) -> list[str]:
     twice = sorted({column for column in names if names.count(column) > 1})
     if twice:
         raise DataError(f"{name}:1: column `{twice[0]}` stands twice in the header")
+    other = next((sign for sign in SEPARATORS if len(names) == 1 and sign in names[0]), None)
+    if other:
+        raise DataError(f"{name}:1: one column, {names[0]!r}; put commas between columns in place of {other!r}")
     return names
 
 
@@ -409,7 +415,11 @@ def _missing(given: str) -> DataError:
 def _because(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    text = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
+    text = (
+        f"{error.msg.removesuffix(' at')}, column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else _first_line(error)
+    )
     return text[:1].lower() + text[1:]
 
 

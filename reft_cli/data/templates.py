@@ -7,6 +7,7 @@ a classifier. A placeholder is a name and nothing else: no attributes, no indexi
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -352,6 +353,13 @@ def _inline(given: Inline, *, data_format: Format, columns: Sequence[str], learn
                 near = get_close_matches(name, names, n=1)
                 meant = f"; did you mean `{{{near[0]}}}`?" if near else ""
                 raise SpecError(Problem(f"`{{{name}}}` is no column; there are {', '.join(names)}{meant}", key=key))
+        written = "".join(literal + ("" if name is None else "{") for literal, name in _segments(text))
+        doubled = next((each for each in re.findall(r"{([^{}]*)}", written) if each.strip() in names), None)
+        if doubled is not None:  # as Jinja has it; each row would have the same text
+            said = (
+                f"`{{{{{doubled}}}}}` stands for the text `{{{doubled}}}`; for the column write `{{{doubled.strip()}}}`"
+            )
+            raise SpecError(Problem(said, key=key))
     return TextTemplate(given.prompt, completion, reference=given.reference, replace=given.replace)
 
 

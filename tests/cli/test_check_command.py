@@ -95,3 +95,12 @@ def test_where_the_memory_goes(reft, spec):
     (line,) = [line for line in lines if line.strip().startswith("of it")]
     assert "weights 0 MiB; a pass of 32 tokens " in line and "predicted " in line and "measured" not in line
     assert not any(line.strip().startswith("of it") for line in reft("check", spec, "--rows", 0).out.splitlines())
+
+
+def test_of_many_classes_the_first_are_counted(reft, spec):
+    rows = [{"text": f"say {number}", "label": number % 30} for number in range(60)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = reft("check", spec, "--no-model", "--set", "task=classification").out
+    assert "train labels: 0 2, 1 2, 2 2, " in said and ", 23 2 and 6 more\n" in said
+    found = reft("check", spec, "--no-model", "--set", "task=classification", "--json").json
+    assert len(found["data"]["train"]["labels"]) == 30

@@ -147,7 +147,14 @@ def test_messages_are_checked():
     assert wrong("messages", {"messages": "hi"}) == whole
     assert wrong("messages", {"messages": []}) == whole
     assert wrong("messages", {"messages": [{"from": "human", "value": "hi"}]}) == (
-        "a.jsonl:7: message 1 of `messages` needs texts role and content; it has from, value"
+        "a.jsonl:7: message 1 of `messages` needs texts role and content; it has from, value; "
+        "write data.columns: {role: from, content: value}"
+    )
+    assert wrong("messages", {"messages": [*chat[:1], {"role": "assistant", "content": None}]}) == (
+        "a.jsonl:7: message 2 of `messages`: content is null"
+    )
+    assert wrong("messages", {"messages": [{"role": "user", "content": "\ud83d"}]}) == (
+        "a.jsonl:7: message 1 of `messages`: content holds half of a surrogate pair, which is no Unicode text"
     )
     assert wrong("messages", {"messages": [*chat, "x"]}) == (
         "a.jsonl:7: message 3 of `messages` needs texts role and content; it has no object"

@@ -114,6 +114,13 @@ def test_a_csv_field_may_be_long_and_python_keeps_its_limit(tmp_path):
 
 def test_errors_of_content_name_the_line(tmp_path):
     assert failing(tmp_path, "a.jsonl", '{"a": 1}\n{"a": }\n') == "a.jsonl:2: not JSON (expecting value, column 7)"
+    assert failing(tmp_path, "a.jsonl", '[{"a": 1},\n{"a": 2}]') == (
+        "a.jsonl:1: not JSON (expecting value, column 11); each line is a row here, not part of an array"
+    )
+    assert failing(tmp_path, "a.jsonl", '{"a": "\0"}') == "a.jsonl:1: not JSON (invalid control character, column 8)"
+    assert failing(tmp_path, "a.csv", "a;b\n1;2\n") == (
+        "a.csv:1: one column, 'a;b'; put commas between columns in place of ';'"
+    )
     assert failing(tmp_path, "a.json", '[\n{"a": 1},\n{"a" 2}]') == (
         "a.json:3: not JSON (expecting ':' delimiter, column 6)"
     )

@@ -150,6 +150,11 @@ def test_a_placeholder_is_a_name_and_nothing_else(text):
     assert str(error) == f"data.template.prompt: `{text}` {reason}"
 
 
+def test_braces_that_are_text_may_hold_other_text_than_a_column():
+    template = choose(("{{x}} {{ {prompt} }} {{{prompt}}}", "{completion}"))
+    assert template.render_prompt({"prompt": "p"}) == "{x} { p } {p}"
+
+
 def test_errors_of_the_spec_name_the_key():
     assert str(refused(("Q: {qestion}", "{answer}"), columns=["prompt", "completion"])) == (
         "data.template.prompt: `{qestion}` is no column; there are prompt, completion"
@@ -157,6 +162,9 @@ def test_errors_of_the_spec_name_the_key():
     assert str(refused(("{prompt}", "{complation}"))) == (
         "data.template.completion: `{complation}` is no column; there are prompt, completion; "
         "did you mean `{completion}`?"
+    )
+    assert str(refused(("Q: {{ prompt }}", None))) == (
+        "data.template.prompt: `{{ prompt }}` stands for the text `{ prompt }`; for the column write `{prompt}`"
     )
     assert str(refused(("{prompt", None))) == (
         "data.template.prompt: expected '}' before end of string; write {{ and }} for braces that are text"
