@@ -204,8 +204,7 @@ class Trainer:
 
     def _loop(self) -> str:
         if self.progress.validation_is_due:
-            save = self._due(self.settings.save_every) or self.progress.step == self.steps
-            if self._settle(validate=True, save=save, signal=None):
+            if self._settle(validate=True, save=self._due(self.settings.save_every, self.progress.step), signal=None):
                 return "patience"
         with self.loader.ahead(self._batches_left()) as batches:
             started = time.perf_counter()
@@ -274,16 +273,16 @@ class Trainer:
 
     def _end_of_step(self, norm: Tensor, rate: float) -> bool:
         """Log, validate, save and watch, as far as each is due. True: patience has run out."""
-        step, last = self.progress.step, self.progress.step == self.steps
-        validate = self.hooks.validate is not None and self._due(self.settings.validate_every)
-        save = self._due(self.settings.save_every)
+        step = self.progress.step
         signal = self.hooks.signal()
-        report = last or validate or save or step % self.settings.log_every == 0
+        report = self._is_reported(step)
         if report or signal:
             self._look_at_losses(norm)
         if report:
             self._report_step(norm, rate)
-        return self._settle(validate=validate, save=save or last, signal=signal)
+        return self._settle(
+            validate=self._validates(step), save=self._due(self.settings.save_every, step), signal=signal
+        )
 
     def _settle(self, *, validate: bool, save: bool, signal: int | None) -> bool:
         """Validate, save and stop, as far as each is asked for. True: patience has run out.
@@ -311,12 +310,20 @@ class Trainer:
     def _interrupted(self, signal: int) -> Interrupted:
         return Interrupted(f"stopped by {Signals(signal).name} at step {self.progress.step}", signal=signal)
 
-    def _due(self, every: int | Literal["epoch", "never"]) -> bool:
-        step = self.progress.step
+    def _due(self, every: int | Literal["epoch", "never"], step: int) -> bool:
         if every == "never":
             return False
         interval = self.order.steps_per_epoch if every == "epoch" else every
         return step % interval == 0 or step == self.steps
+
+    def _validates(self, step: int) -> bool:
+        return self.hooks.validate is not None and self._due(self.settings.validate_every, step)
+
+    def _is_reported(self, step: int) -> bool:
+        settings = self.settings
+        return self._validates(step) or any(
+            self._due(every, step) for every in (settings.save_every, settings.log_every)
+        )
 
     def _look_at_losses(self, norm: Tensor) -> None:
         """Read the losses since the last look (one wait for the device) and stop if one is not finite or they exploded.
@@ -354,7 +361,8 @@ class Trainer:
         left = (self.steps - progress.step) * progress.seconds / max(progress.step, 1)
         gpus = [device for device in self.model.devices if device.type == "cuda"]
         memory = max(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None
-        losses = progress.recent_losses[-self.settings.log_every :]
+        since = next(step for step in range(progress.step - 1, -1, -1) if step == 0 or self._is_reported(step))
+        losses = progress.recent_losses[since - progress.step :]
         record = StepRecord(
             step=progress.step,
             steps=self.steps,

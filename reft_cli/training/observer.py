@@ -15,7 +15,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One log event of training; the means are over the steps since the last one."""
+    """One log event of training."""
 
     step: int
     """Optimizer steps done."""
@@ -23,7 +23,7 @@ class StepRecord:
     """Optimizer steps of the whole run."""
     epoch: float
     loss: float
-    """Nats per answer token, or the task's own loss."""
+    """Nats per answer token, or the task's own loss: the mean over the steps since the last event, up to a hundred."""
     learning_rate: float
     grad_norm: float
     """Before clipping."""

@@ -118,6 +118,12 @@ def test_kept_numbers_are_those_of_each_pair_and_can_be_given_back():
         with passes.of_step(ROWS), again.of_step(ROWS):
             found = step(model, again, [batch(2, 3)])
             assert all(map(torch.equal, found, step(model, passes, [batch(2, 3)]))) and not Counting.read
+        partly = passes.state()
+        partly[5] = torch.nan
+        again.restore(partly)
+        with again.of_step(ROWS.take([2, 5])):  # one that is known beside one that is not
+            step(model, again, [batch(2, 5)])
+        torch.testing.assert_close(again.state(), alone, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"references is \[3, 2\] of torch.float32, for 7 pairs"):
         again.restore(torch.zeros(3, 2))
     model.eval()
