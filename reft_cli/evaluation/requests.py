@@ -24,6 +24,7 @@ from reft_cli.generation.settings import Decoding, Request
 from reft_cli.models.context import longest_sequence
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed, why_not_shared
+from reft_cli.models.placement import is_spread
 from reft_cli.positions import PositionGroup
 from reft_cli.tasks.likelihood import likelihoods
 
@@ -117,7 +118,7 @@ class Requests:
     def _shares_heads(self) -> bool:
         """Whether contexts that begin alike are read once; found by trying the model."""
         base = self.model.base_model
-        return why_not_packed(base) is None and why_not_shared(base) is None
+        return not is_spread(base) and why_not_packed(base) is None and why_not_shared(base) is None
 
     def _example(self, request: Continuation, number: int) -> Example:
         """The last token is a target only, so that there may be one more than the model takes."""
