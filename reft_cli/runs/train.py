@@ -72,7 +72,7 @@ from reft_cli.tasks.preferences import task_of
 from reft_cli.training.budget import is_out_of_memory
 from reft_cli.training.loop import Hooks, Trainer, TrainSettings
 from reft_cli.training.observer import NullObserver, Observer
-from reft_cli.training.state import Progress, seed_everything
+from reft_cli.training.state import Progress
 
 GPU_LOST = ("uncorrectable ECC", "busy or unavailable", "no CUDA-capable device", "hardware stack", "GPU is lost")
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
@@ -235,7 +235,7 @@ class _Work:
         spec, train = self.spec, self.spec.train
         self._guess_budget()
         self.model.checkpoint_activations(train.gradient_checkpointing)
-        seed_everything(train.seed)
+        torch.manual_seed(train.seed)
         trainer = Trainer(
             self.model,
             task=task_of(spec.task.kind, beta=spec.task.beta),

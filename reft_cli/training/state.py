@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,7 +47,7 @@ class Progress:
 def capture_state(optimizer: Optimizer, names: dict[int, str], devices: Sequence[torch.device]) -> dict[str, Tensor]:
     """The optimizer's moments, by parameter name, and the random number generators' states, of every GPU in use."""
     state = {
-        f"optimizer.{names[id(parameter)]}.{kind}": tensor.detach().clone()
+        f"optimizer.{names[id(parameter)]}.{kind}": tensor.clone()
         for parameter, kinds in optimizer.state.items()
         for kind, tensor in kinds.items()
     }
@@ -83,12 +82,6 @@ def _generators(devices: Sequence[torch.device]) -> list[tuple[str, torch.device
     """GPUs and the names of their generators' states; a single one has none of its own."""
     gpus = [device for device in devices if device.type == "cuda"]
     return [(f"rng.cuda.{number}" if number else "rng.cuda", device) for number, device in enumerate(gpus)]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's generators, on every device."""
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -40,7 +40,6 @@ from reft_cli.spec.load import LoadedSpec
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.likelihood import likelihoods
 from reft_cli.training.schedule import Order, rate_factor
-from reft_cli.training.state import seed_everything
 
 BUDGET = 8192  # tokens of a pass of the frozen model
 PENALTIES = [10.0**power for power in range(-4, 2)]  # the probe's C
@@ -100,7 +99,7 @@ def lora(loaded: LoadedSpec, rank: int) -> dict[str, Any]:
     import peft
 
     work, train = Work.of(loaded), loaded.spec.train
-    seed_everything(train.seed)
+    torch.manual_seed(train.seed)
     asked = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     adapted = peft.get_peft_model(work.base.model, asked).train()
     weights = [each for each in adapted.parameters() if each.requires_grad]
