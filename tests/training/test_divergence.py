@@ -91,6 +91,9 @@ def test_losses_that_grow_are_a_divergence():
         ([*NEAR_NOTHING, *[7.0] * 15], Fault("rose to 7 from 0.001 (medians)", 15)),
         ([*NEAR_NOTHING, *[0.5] * 20], None),  # still better than where it began
         ([*[1.0] * 24, *[7.0] * 15], None),  # too few to know
+        ([*[1.0] * 25, *[7.0] * 15], Fault("rose to 7 from 1 (medians)", 15)),
+        ([*[1.0] * 20, *[10.0] * 60, *[39.0] * 20], None),  # of all eighty before, and times the factor
+        ([*[1.0] * 20, *[10.0] * 60, *[41.0] * 20], Fault("rose to 41 from 10 (medians)", 20)),
     ],
 )
 def test_faults(losses: list[float], fault: Fault | None):
