@@ -20,6 +20,7 @@ import typer
 
 from reft_cli import __version__
 from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, tasks, train
+from reft_cli.cli.habits import message_of
 from reft_cli.environment import blotted, versions
 from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ProcessLost, ReftError
 from reft_cli.parallel import launch
@@ -100,10 +101,11 @@ def _run(words: list[str]) -> int:
 
 
 def _usage(error: Any) -> int:  # noqa: ANN401  Typer does not name the type
+    message = message_of(error)
     if console.settings.json:
-        console.fail_json({"code": error.exit_code, "kind": "usage", "message": error.format_message()})
+        console.fail_json({"code": error.exit_code, "kind": "usage", "message": message})
     else:
-        error.show()
+        console.complain(message)
     return int(error.exit_code)
 
 

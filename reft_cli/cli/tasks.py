@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -60,12 +59,13 @@ def show(
 def _preset(name: str, method: str, recipe: str | None) -> Preset:
     from reft_cli.spec.quoting import listed
     from reft_cli.spec.schema import Method
+    from reft_cli.spec.task import near_suite
     from reft_cli.suites import SUITES, preset
 
     suite = SUITES.get(name)
     if suite is None:
-        near = get_close_matches(name.lower(), SUITES, 1, 0.5)
-        meant = f"; did you mean `{near[0]}`?" if near else ""
+        near = near_suite(name, SUITES)
+        meant = f"; did you mean `{near}`?" if near else ""
         raise SpecError(f"`{name}` is no suite; `reft tasks` lists them{meant}")
     if method not in get_args(Method):
         raise SpecError(f"--method {method}: write {listed(get_args(Method))}")

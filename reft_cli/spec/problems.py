@@ -18,10 +18,11 @@ from pydantic_core import ErrorDetails
 from reft_cli.errors import Problem
 from reft_cli.spec.base import Conflict
 from reft_cli.spec.fields import Branch, in_words, keys_in, options
-from reft_cli.spec.names import nearest_keys
+from reft_cli.spec.names import nearest_keys, remark_on
 from reft_cli.spec.quoting import KeyPath, dotted, listed, printable, yaml_inline
 from reft_cli.spec.scalars import read_scalar
 from reft_cli.spec.schema import Spec
+from reft_cli.spec.task import KINDS_ELSEWHERE
 from reft_cli.spec.yaml_tree import Node
 
 OTHER_WORDS = {
@@ -37,6 +38,18 @@ OTHER_WORDS = {
     "half": "float16",
     "fp32": "float32",
     "nodireft": "direft",
+    "4bit": "nf4",
+    "int4": "nf4",
+    "8bit": "int8",
+    "fp8": "float8",
+    "cosine_with_restarts": "cosine",
+    "constant_with_warmup": "constant",
+    **KINDS_ELSEWHERE,
+    "em": "exact_match",
+    "mcc": "matthews",
+    "sharegpt": "messages",
+    "openai": "messages",
+    "chatml": "messages",
 }
 CHECKED = re.compile(r"function-\w+\[\w+\(\), (\w+)\]")  # how pydantic names a section with checks of its own
 STAND_IN = "?"  # the value of a required key whose own value is wrong, so that the rest can be checked
@@ -79,7 +92,9 @@ def validate(root: Node, *, problems: list[Problem]) -> Spec | None:
         if not new:
             assert problems, error_text
             return None
-        faulty |= {key for item in new for key in item.meant if not _node_at(root, key)}  # else missed as well
+        faulty |= {
+            absent for item in new for key in item.meant if (absent := _absent(root, key))
+        }  # else missed as well
         for item in new:
             if not (_known(item.path, faulty) or any(_known(key, faulty) for key in item.keys)):
                 problems.append(_problem(item, root))
@@ -183,6 +198,11 @@ def _label(branch: Branch) -> str:
     return f"{branch.container.__name__}[{', '.join(item.__name__ for item in get_args(branch.type))}]"
 
 
+def _absent(root: Node, path: KeyPath) -> KeyPath | None:
+    """The part of a path down to where nothing is any more; None if all of it is there."""
+    return next((path[:end] for end in range(1, len(path) + 1) if not _node_at(root, path[:end])), None)
+
+
 def _node_at(root: Node, path: KeyPath) -> Node | None:
     node: Node | None = root
     for part in path:
@@ -225,9 +245,12 @@ def _of_a_suite(item: _Found, root: Node) -> str | None:
 
 
 def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
-    near = nearest_keys(path)
+    near, remark = nearest_keys(path), remark_on(path)
     if near:
-        return f"unknown key; did you mean {listed([f'`{key}`' for key in near])}?", near[0]
+        meant = listed([f"`{key}`" for key in near]) + (f" ({remark})" if remark else "")
+        return f"unknown key; did you mean {meant}?", near[0]
+    if remark:
+        return f"unknown key; {remark}", None
     return f"unknown key; known here: {', '.join(keys_in(path[:-1]))}", None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Literal, get_args
 
@@ -32,6 +33,14 @@ FITTING_METRICS: dict[str, tuple[str, ...]] = {
     "reward": ("accuracy", "margin", "loss"),
     "classification": ("accuracy", "f1", "matthews", "exact_match", "loss"),
     "regression": ("pearson", "spearman", "loss"),
+}
+
+
+KINDS_ELSEWHERE: dict[str, TaskKind] = {  # what other programs call them
+    "sft": "causal_lm",
+    "dpo": "preference",
+    "rm": "reward",
+    "seq_cls": "classification",
 }
 
 
@@ -99,8 +108,8 @@ class TaskSpec(Section):
     @classmethod
     def _known(cls, name: str | None) -> str | None:
         if name is not None and name not in SUITES:
-            near = get_close_matches(name.lower(), [*KINDS, *SUITES], 1, 0.5)
-            meant = f"; did you mean `{near[0]}`?" if near else ""
+            near = KINDS_ELSEWHERE.get(name.lower()) or near_suite(name, [*KINDS, *SUITES])
+            meant = f"; did you mean `{near}`?" if near else ""
             raise ValueError(
                 f"`{name}` is neither a kind ({', '.join(KINDS)}) nor a suite; `reft tasks` lists them{meant}"
             )
@@ -138,3 +147,10 @@ def check_metric(metric: str | None, kind: str, *keys: str) -> None:
     if metric is not None and metric not in fitting:
         shown = ", ".join(name for name in fitting[:-1] if name != "exact_match")
         raise Conflict(f"{metric} does not fit task.kind {kind}; write {shown} or {fitting[-1]}", *keys)
+
+
+def near_suite(name: str, known: Iterable[str]) -> str | None:
+    """The suite, or another word, that was probably meant: `gsm8k` is arithmetic/gsm8k."""
+    plain, words = name.lower().replace("_", "-"), list(known)
+    ends = [word for word in words if word.rpartition("/")[2].replace("_", "-") == plain]
+    return next(iter(ends or get_close_matches(plain, words, 1, 0.5)), None)

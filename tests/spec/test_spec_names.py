@@ -6,7 +6,7 @@ import pytest
 
 from reft_cli.spec.base import Section
 from reft_cli.spec.fields import branches_of, in_words, keys_in, known_keys
-from reft_cli.spec.names import OTHER_NAMES, nearest_keys
+from reft_cli.spec.names import OTHER_NAMES, REMARKS, WITHOUT_OURS, nearest_keys, remark_on
 from reft_cli.spec.schema import Spec
 
 
@@ -44,6 +44,16 @@ def sections(section=Spec):
         ("dataset", "data"),
         ("train.report_to", "log"),
         ("data.train.spilt", "data.train.split"),
+        ("data.eval", "data.validation"),
+        ("model.name_or_path", "model.name"),
+        ("evaluation.steps", "evaluation.every"),
+        ("evaluation.batch_size", "train.global_batch_size"),
+        ("generation.max_length", "generation.max_new_tokens"),
+        ("max_length", "data.max_length"),
+        ("generation.do_sample", "generation.temperature"),
+        ("model.load_in_4bit", "model.quantization"),
+        ("val_set_size", "data.validation"),
+        ("lora_rank", "intervention.rank"),
     ],
 )
 def test_nearest(given, meant):
@@ -58,8 +68,16 @@ def test_other_names_are_not_ours_and_lead_to_keys_that_exist():
     for name, keys in OTHER_NAMES.items():
         assert set(keys) <= set(known_keys()), name
         for key in keys:
-            section = key.rpartition(".")[0]
-            assert f"{section}.{name}".lstrip(".") not in known_keys()
+            section, _, last = key.rpartition(".")
+            assert last == name or f"{section}.{name}".lstrip(".") not in known_keys()
+
+
+def test_what_others_have_and_nothing_here_means():
+    assert nearest_keys(("train", "optim")) == () and "AdamW" in str(remark_on(("train", "optim")))
+    assert remark_on(("train", "warmup_steps")) == "a share of the steps"
+    assert remark_on(("train", "lr")) is None
+    assert not {*WITHOUT_OURS} & {*OTHER_NAMES} and {*REMARKS} <= {*OTHER_NAMES}
+    assert not {*WITHOUT_OURS} & {key.rpartition(".")[2] for key in known_keys()}
 
 
 def test_known_keys():
