@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.records import Rows, Source, read_rows
 from reft_cli.environment import versions
-from reft_cli.errors import SpecError
+from reft_cli.errors import CheckpointError, SpecError
 from reft_cli.evaluation.answers import answer_all, answer_store
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.generation.decode import requests_of
 from reft_cli.generation.settings import Decoding
 from reft_cli.parallel.collective import from_first, is_first, joined
+from reft_cli.reading import read_json
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.resuming import begun_with
@@ -74,7 +76,8 @@ def evaluate(
     """Score a run on `data` (a file, folder, hub id or bundled name), or on a split of its own spec.
 
     `loss`: read the loss also where it is no part of the score, which is where answers are generated.
-    The result and every row's prediction are kept in the run's eval/ folder, named by data, step and what was left out.
+    The result and every row's prediction are kept in the run's eval/ folder, named by data, step, what was left out,
+    and how else than in the run's spec answers were decoded.
     Each process that a launcher started scores its share; the first one writes and tells the observer.
     """
     place: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "device_map": device_map, "model": model}
@@ -86,7 +89,10 @@ def evaluate(
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
         evaluator = _evaluator(session, decoding, batch_size=size, loss=loss)
         step = session.checkpoint.manifest.step
-        name = _file_name(split if data is None else Path(encoded.name).stem, step, base=base, limit=limit)
+        changed = _changed(decoding, merge_generation(session.checkpoint.manifest.generation, {})[0])
+        name = _file_name(_scored(data, split, encoded.name), step, base=base, limit=limit, changed=changed)
+        if session.found.run is not None:
+            name = from_first(partial(_kept_apart, session.found.run, name, encoded.name))
         started = time.perf_counter()
         results = _score(session, encoded.examples, evaluator, base=base, name=name, observer=observer)
         seconds = time.perf_counter() - started
@@ -123,10 +129,38 @@ def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None, 
     return replace(evaluator, reads_loss=loss)
 
 
-def _file_name(scored: str, step: int, *, base: Base, limit: int | None) -> str:
-    """What was scored, and what was left out."""
-    parts = [scored, f"step_{step:06d}"] + ["base"] * (base == "only")
-    return "-".join(parts + ([f"first_{limit}"] if limit else []))
+def _scored(data: str | None, split: str, name: str) -> str:
+    """What a result is called after: a split of the run's own data, a file, or a set and its split."""
+    stem = split if data is None else Path(name).stem
+    return stem if data is None or names_a_split(data) or stem == split else f"{stem}-{split}"
+
+
+def _changed(decoding: Decoding, own: Decoding) -> list[str]:
+    """Settings that are not the run's own, as words of a file's name; how fast answers come does not count."""
+    before, now = summary_of(own), summary_of(decoding)
+    other = {key: value for key, value in now.items() if key != "compile" and value != before[key]}
+    return [f"{key}_{_digest(repr(value)) if key == 'stop' else value}" for key, value in other.items()]
+
+
+def _file_name(scored: str, step: int, *, base: Base, limit: int | None, changed: Sequence[str]) -> str:
+    """What was scored, what was left out, and how else answers were decoded."""
+    parts = [scored, f"step_{step:06d}", *["base"] * (base == "only"), *([f"first_{limit}"] if limit else []), *changed]
+    return "-".join(parts)
+
+
+def _kept_apart(run: RunFolder, name: str, data: str) -> str:
+    """The name, with a mark of the data where other data of that name have been scored under it."""
+    path = run.evaluation(name)
+    try:
+        there = read_json(path) if path.exists() else None
+    except CheckpointError:  # damaged; it is written anew
+        there = None
+    before = there.get("data", data) if isinstance(there, dict) else data
+    return name if before == data else f"{name}-{_digest(data)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _score(

@@ -111,6 +111,20 @@ def test_the_first_rows_and_the_base_alone_replace_nothing(run: Path):
     assert "prediction" not in samples(base)[0]
 
 
+def test_other_settings_and_other_data_of_the_name_replace_nothing(run: Path, data_dir: Path, tmp_path: Path):
+    """A try with --set took the place of the run's own score, and a test.jsonl from elsewhere too."""
+    whole = evaluate(run)
+    short = evaluate(run, generation={"max_new_tokens": 1, "stop": ["."], "compile": "off"})
+    assert short.path.stem.startswith(f"{whole.path.stem}-max_new_tokens_1-stop_")
+    (tmp_path / "test.jsonl").write_text((data_dir / "train.jsonl").read_text())
+    other = evaluate(run, data=str(tmp_path / "test.jsonl"))
+    assert other.path.stem.startswith(f"{whole.path.stem}-") and other.rows == 20
+    assert evaluate(run, data=str(tmp_path / "test.jsonl")).path == other.path
+    assert evaluate(run).path == whole.path and json.loads(whole.path.read_text())["rows"] == 7
+    folder = evaluate(run, data=str(data_dir), split="validation")
+    assert folder.path.stem.startswith("validation-step_")
+
+
 def test_the_result_file_is_the_report(run: Path):
     report = evaluate(run)
     stored = json.loads(report.path.read_text())
