@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +45,8 @@ def check(
         from reft_cli import runs
 
     report = runs.check(loaded, with_model=not no_model, rows=rows)
+    flags = shlex.join(part for each in sets for part in ("--set", each))
+    report = replace(report, next_command=f"{report.next_command} {flags}".rstrip())
     if as_json:
         console.result_json(report.to_dict() | {"warnings": report.warnings})
         return

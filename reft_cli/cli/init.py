@@ -6,6 +6,7 @@ The comments are the schema's own descriptions, so they cannot drift from what t
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
@@ -58,7 +59,8 @@ def init(
         console.result_json({"spec": str(output), "files": [str(path) for path in files]})
     else:
         console.result(str(output))
-    console.say(f"next: reft check {output}, then reft train {output}")
+    spec = shlex.quote(str(output))
+    console.say(f"next: reft check {spec}, then reft train {spec}")
 
 
 def spec_text(task: Task, *, model: str, path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +47,10 @@ def list_runs(
     if as_json:
         console.result_json(rows)
         return
+    if not rows:
+        inside = folder / "runs"
+        console.say(f"no runs in {folder}" + (f"; see reft runs ls {inside}" if inside.is_dir() else ""))
+        return
     scores = sorted({name for row in rows for name in row["scores"]})
     headers = ["run", "status", "step", *scores, "method", "model", "started", "seconds"]
     table = [[row["scores"].get(key, row.get(key)) for key in headers] for row in rows]
@@ -73,7 +79,7 @@ def show_run(run: Run, as_json: options.AsJson = False) -> None:
     for name, report in whole["evaluations"].items():
         lines |= {f"{name} {key}": value for key, value in _flat(report.get("metrics", {})).items()}
     facts = {
-        key: value
+        key: value if key != "command" else shlex.join(["reft", *value[1:]])
         for key, value in whole["record"].items()
         if key not in {"reft_run", "name", "attempts"} and key not in row
     }
@@ -211,5 +217,9 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if value != round(value) else f"{value:.0f}"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+        from reft_cli.spec.quoting import yaml_inline
+
+        plain = value and all(isinstance(item, str | int | float) and str(item) == _cell(item) for item in value)
+        return ", ".join(map(str, value)) if plain else yaml_inline(value)
+    text = "" if value is None else str(value)
+    return text if text == text.strip() and text.isprintable() else json.dumps(text, ensure_ascii=False)

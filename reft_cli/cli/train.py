@@ -135,8 +135,10 @@ def _print(done: TrainResult, *, as_json: bool) -> None:
     else:
         console.result(str(done.run))
     scores = ", ".join(f"{key} {value:.4g}" for key, value in done.metrics.items())
-    console.say(f"{done.reason} at step {done.step}: {scores}")
-    console.say(f"next: reft eval {done.run}, or reft infer {done.run} --prompt '...'")
+    why = "stopped early (checkpoint.patience)" if done.reason == "patience" else done.reason
+    console.say(f"{why} at step {done.step}: {scores}")
+    run = shlex.quote(str(done.run))
+    console.say(f"next: reft eval {run}, or reft infer {run} --prompt '...'")
 
 
 def resume_command(spec: Path, sets: list[str], *, name: str | None, output: Path | None, max_steps: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
         steps=steps,
         steps_per_epoch=order.steps_per_epoch,
         model=_model_report(loaded, data, steps=steps) if with_model else None,
-        next_command=f"reft train {loaded.path}",
+        next_command=shlex.join(["reft", "train", str(loaded.path)]),
     )
 
 

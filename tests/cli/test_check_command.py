@@ -104,3 +104,10 @@ def test_of_many_classes_the_first_are_counted(reft, spec):
     assert "train labels: 0 2, 1 2, 2 2, " in said and ", 23 2 and 6 more\n" in said
     found = reft("check", spec, "--no-model", "--set", "task=classification", "--json").json
     assert len(found["data"]["train"]["labels"]) == 30
+
+
+def test_what_comes_next_is_what_was_checked(reft, spec):
+    Path("my spec.yaml").write_text(Path(spec).read_text())
+    done = reft("check", "my spec.yaml", "--no-model", "--set", "train.epochs=2", "--set", "data.template=plain")
+    command = "reft train 'my spec.yaml' --set train.epochs=2 --set data.template=plain"
+    assert done.out.endswith(f"\nnext: {command}\n")

@@ -68,6 +68,9 @@ def test_no_runs(reft, tmp_path, monkeypatch):
     assert done.code == 2 and done.err.startswith("runs does not exist")
     (tmp_path / "runs").mkdir()
     assert reft("runs", "ls", "--json").json == []
+    done = reft("runs", "ls")
+    assert (done.code, done.out, done.err) == (0, "", "no runs in runs\n")
+    assert reft("runs", "ls", ".").err == "no runs in .; see reft runs ls runs\n"
 
 
 def test_a_run_in_full(reft, runs):
@@ -83,6 +86,13 @@ def test_a_run_in_full(reft, runs):
     ):
         assert piece in out, piece
     assert reft("runs", "show", "runs/a/best").out == out
+
+
+def test_a_runs_command_can_be_given_again(reft, runs):
+    run = RunFolder(runs / "a")
+    run.begin(command=["/bin/__main__.py", "train", "my spec.yaml"], facts={})
+    run.release()
+    assert "reft train 'my spec.yaml'\n" in reft("runs", "show", "runs/a").out
 
 
 def test_a_run_in_full_as_json(reft, runs):
@@ -109,6 +119,18 @@ def test_differences_as_json(reft, runs):
     found = reft("runs", "diff", "runs/a", "runs/b", "--json").json
     assert found["spec"] == {"intervention.method": ["loreft", "direft"], "intervention.rank": [4, 8]}
     assert found["scores"]["validation exact_match"] == [0.9, None]
+
+
+def test_texts_that_differ_in_blanks_can_be_told_apart(reft, runs):
+    for name, template, stop in (("a", " {label}", ["\n"]), ("b", "{label}", [])):
+        spec = {
+            "data": {"template": {"completion": template}, "test": [{"path": "x.jsonl"}]},
+            "generation": {"stop": stop},
+        }
+        (runs / name / "resolved.yaml").write_text(yaml.safe_dump(spec))
+    lines = [line.split(maxsplit=1) for line in reft("runs", "diff", "runs/a", "runs/b").out.splitlines()]
+    assert ["data.template.completion", '" {label}"  {label}'] in lines
+    assert ["generation.stop", '["\\n"]      []'] in lines
 
 
 def test_equal_runs_have_no_result(reft, runs):

@@ -40,6 +40,14 @@ def test_stdout_has_the_run_folder_and_nothing_else(reft, spec, calls):
     assert "reft infer runs/s --prompt" in done.err
 
 
+def test_why_a_run_ended_early(reft, spec, monkeypatch):
+    done = TrainResult(Path("my runs/s"), 40, {"loss": 0.25}, None, "patience")
+    monkeypatch.setattr("reft_cli.runs.train", lambda loaded, **flags: done)
+    said = reft("train", spec).err
+    assert "stopped early (checkpoint.patience) at step 40: loss 0.25" in said
+    assert "next: reft eval 'my runs/s', or reft infer 'my runs/s' --prompt '...'" in said
+
+
 def test_quiet_leaves_stderr_empty(reft, spec, calls):
     assert reft("train", spec, "-q").err == ""
 
