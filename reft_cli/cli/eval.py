@@ -15,6 +15,7 @@ from reft_cli.cli.importing import importing
 from reft_cli.cli.processes import as_several
 from reft_cli.cli.progress import duration, progress
 from reft_cli.errors import BelowThreshold, SpecError
+from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from reft_cli.runs import EvalReport
@@ -27,7 +28,6 @@ EXCLUDED = {  # by --tasks
     "--set": "a task says itself how its answers are decoded; leave --set out",
     "--loss": "a task has its own scores; leave --loss out",
 }
-LESS_IS_BETTER = ("loss", "perplexity")
 
 
 def evaluate(
@@ -170,7 +170,7 @@ def _gate(text: str) -> tuple[str, float]:
         least = float(number)
     except ValueError:
         raise SpecError(f"--fail-under {text}: write METRIC=NUMBER, for example accuracy=0.6") from None
-    if name in LESS_IS_BETTER:
+    if name in LOWER_IS_BETTER:
         raise SpecError(f"--fail-under {text}: a low {name} is a good one; use a score that grows")
     return name, least
 

@@ -14,11 +14,10 @@ import typer
 from reft_cli.cli import console, options
 from reft_cli.cli.curves import VALIDATION, Curve, curves_of, drawn, write_picture
 from reft_cli.errors import CheckpointError, SpecError
+from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from reft_cli.runfolder import RunFolder
-
-LESS_IS_BETTER = ("loss", "perplexity")
 
 app = typer.Typer(
     name="runs",
@@ -74,10 +73,7 @@ def show_run(run: Run, as_json: options.AsJson = False) -> None:
         console.result_json(whole)
         return
     lines = {key: value for key, value in row.items() if key != "scores"}
-    lines |= {"checkpoints": ", ".join(whole["checkpoints"]) or "none"}
-    lines |= {f"validation {key}": value for key, value in row["scores"].items()}
-    for name, report in whole["evaluations"].items():
-        lines |= {f"{name} {key}": value for key, value in _flat(report.get("metrics", {})).items()}
+    lines |= {"checkpoints": ", ".join(whole["checkpoints"]) or "none"} | _all_scores(folder)
     facts = {
         key: value if key != "command" else shlex.join(["reft", *value[1:]])
         for key, value in whole["record"].items()
@@ -156,13 +152,15 @@ def _open(path: Path) -> RunFolder:
 
 def _row(run: RunFolder) -> dict[str, Any]:
     """What a line of `ls` tells."""
+    from reft_cli.runfolder import step_of
+
     record, spec = run.read(), run.read_spec()
     step, scores = run.scores() or (None, {})
     newest = run.checkpoints()[-1:]
     return {
         "run": str(run.path),
         "status": run.status(),
-        "step": step if step is not None else int(newest[0].name.removeprefix("step_")) if newest else None,
+        "step": step if step is not None else step_of(newest[0]) if newest else None,
         "method": spec.get("intervention", {}).get("method"),
         "model": spec.get("model", {}).get("name"),
         "started": record.get("started"),
@@ -203,7 +201,7 @@ def _sorted(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
         raise SpecError(
             f"--sort {key}: no run has it; there are run, status, step, started, seconds, {', '.join(known)}"
         )
-    sign = 1 if key in LESS_IS_BETTER else -1
+    sign = 1 if key in LOWER_IS_BETTER else -1
     return sorted(rows, key=lambda row: (key not in row["scores"], sign * row["scores"].get(key, 0)))
 
 
