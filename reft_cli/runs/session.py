@@ -170,7 +170,6 @@ def open_run(
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
     model: str | None = None,
-    dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Session:
     """Load a run or a checkpoint folder with nothing but its path; `model` says where its base lies now.
@@ -186,8 +185,8 @@ def open_run(
     source = BaseSource(
         name=model or base.name,
         revision=None if model else base.commit,
-        dtype=dtype or stored.manifest.base.dtype,
-        quantization=stored.manifest.base.quantization,
+        dtype=base.dtype,
+        quantization=base.quantization,
         device=device or "auto",
         device_map=device_map,
         max_memory=max_memory,

@@ -97,7 +97,6 @@ def train(
     name: str | None = None,
     resume: str | None = None,
     overwrite: bool = False,
-    max_steps: int | None = None,
     observer: Observer,
 ) -> TrainResult:
     """Train what a spec asks for; `resume` is `last` or a step of a run that was begun before.
@@ -107,8 +106,6 @@ def train(
     keeps its checkpoints.
     """
     spec = loaded.spec
-    if max_steps is not None:
-        spec = spec.model_copy(update={"train": spec.train.model_copy(update={"max_steps": max_steps})})
     path = loaded.run_path(output=output, name=name)
     with joined(device=spec.model.device):
         _check_processes(spec)

@@ -134,14 +134,14 @@ def test_a_model_that_cannot_be_compiled_is_refused_or_runs_as_it_stands(
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend=broken, dynamic=True))
     monkeypatch.setattr(execution, "_choose_compiling", lambda *_: (True, None))
-    spec = make_spec(f"train.compile={wanted}", "evaluation.every=never")
+    spec = make_spec(f"train.compile={wanted}", "evaluation.every=never", "train.max_steps=1")
     if wanted == "on":
         with pytest.raises(
             ModelError, match=r"train\.compile: on is not possible for this model: .*; write auto or off"
         ):
-            runs.train(spec, output=tmp_path / "run", observer=observer, max_steps=1)
+            runs.train(spec, output=tmp_path / "run", observer=observer)
     else:
-        assert runs.train(spec, output=tmp_path / "run", observer=observer, max_steps=1).step == 1
+        assert runs.train(spec, output=tmp_path / "run", observer=observer).step == 1
 
 
 class Refusing(PlainPasses):

@@ -77,8 +77,8 @@ def test_another_family_of_the_same_size_is_refused(run: Path, tiny_llama: Path,
 
 def test_a_base_that_was_replaced_is_refused(make_spec: MakeSpec, tmp_path: Path):
     base = save_llama(tmp_path / "base")
-    spec = make_spec(f"model.name={base}")
-    run = runs.train(spec, output=tmp_path / "run", max_steps=1, observer=NullObserver()).run
+    spec = make_spec(f"model.name={base}", "train.max_steps=1")
+    run = runs.train(spec, output=tmp_path / "run", observer=NullObserver()).run
     shutil.rmtree(base)
     save_llama(base, num_hidden_layers=2)
     with pytest.raises(CheckpointError, match=rf"; that name now gives {base} \(2 layers, width 32\)$"):
@@ -89,8 +89,8 @@ def test_a_base_that_was_replaced_is_refused(make_spec: MakeSpec, tmp_path: Path
 
 def test_a_base_that_has_moved_is_found_by_its_new_place(make_spec: MakeSpec, tmp_path: Path):
     base = save_llama(tmp_path / "base")
-    spec = make_spec(f"model.name={base}")
-    run = runs.train(spec, output=tmp_path / "run", max_steps=3, observer=NullObserver()).run
+    spec = make_spec(f"model.name={base}", "train.max_steps=3")
+    run = runs.train(spec, output=tmp_path / "run", observer=NullObserver()).run
     with runs.open_run(run) as session:
         before = texts(session, PROMPTS)
     base.rename(tmp_path / "moved")
@@ -266,7 +266,7 @@ def test_a_model_with_learned_positions_has_an_end(make_spec: MakeSpec, tmp_path
     with pytest.raises(DataError, match=r"validation\.jsonl: row \d: takes \d+ tokens for its prompt and up to 120"):
         runs.train(make_spec(there, "generation.max_new_tokens=120"), output=tmp_path / "run", observer=NullObserver())
     assert not (tmp_path / "run").exists()
-    run = runs.train(make_spec(there), output=tmp_path / "run", max_steps=1, observer=NullObserver()).run
+    run = runs.train(make_spec(there, "train.max_steps=1"), output=tmp_path / "run", observer=NullObserver()).run
     with pytest.raises(DataError, match="row 1: takes 138 tokens"):
         runs.evaluate(run, data=str(tmp_path / "long.jsonl"), observer=NullObserver())
     with runs.open_run(run) as session:

@@ -195,7 +195,7 @@ def test_resume_from_a_step(make_spec: MakeSpec, tmp_path: Path):
 
 
 def test_resume_refuses_what_would_change_the_result(make_spec: MakeSpec, tmp_path: Path, observer):
-    train(make_spec(), tmp_path / "run", max_steps=2)
+    train(make_spec("train.max_steps=2"), tmp_path / "run")
     with pytest.raises(SpecError, match=r"was begun with other settings.*train\.learning_rate: 0\.01 -> 0\.02"):
         train(make_spec("train.learning_rate=0.02"), tmp_path / "run", resume="last")
     train(make_spec("checkpoint.keep=3"), tmp_path / "run", resume="last", observer=observer)
@@ -203,7 +203,7 @@ def test_resume_refuses_what_would_change_the_result(make_spec: MakeSpec, tmp_pa
 
 
 def test_existing_run_is_not_touched(make_spec: MakeSpec, tmp_path: Path):
-    train(make_spec(), tmp_path / "run", max_steps=1)
+    train(make_spec("train.max_steps=1"), tmp_path / "run")
     before = tensors(tmp_path / "run")
     with pytest.raises(SpecError, match="exists and has finished"):
         train(make_spec(), tmp_path / "run")
@@ -292,14 +292,16 @@ def test_best_is_kept_patience_ends_and_old_checkpoints_go(make_spec: MakeSpec, 
 
 
 def test_validation_can_be_a_fraction_and_layers_a_list(make_spec: MakeSpec, tmp_path: Path):
-    result = train(make_spec("data.validation=0.2", "intervention.layers=[0, 2]"), tmp_path / "run", max_steps=1)
+    result = train(
+        make_spec("data.validation=0.2", "intervention.layers=[0, 2]", "train.max_steps=1"), tmp_path / "run"
+    )
     record = json.loads((result.run / "run.json").read_text())
     assert (record["data"]["train"]["used"], record["data"]["validation"]["used"]) == (16, 4)
     assert tensors(result.run)["bank.projection"].shape[0] == 2
 
 
 def test_tensorboard_gets_the_metrics(make_spec: MakeSpec, tmp_path: Path):
-    result = train(make_spec("log=[tensorboard]"), tmp_path / "run", max_steps=2)
+    result = train(make_spec("log=[tensorboard]", "train.max_steps=2"), tmp_path / "run")
     assert list(result.run.rglob("events.out.tfevents*"))
 
 
@@ -326,7 +328,7 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(
 
 
 def test_a_damaged_training_state_is_refused(make_spec: MakeSpec, tmp_path: Path):
-    result = train(make_spec(), tmp_path / "run", max_steps=2)
+    result = train(make_spec("train.max_steps=2"), tmp_path / "run")
     (result.run / "last" / "training.json").write_text("{}x")
     with pytest.raises(CheckpointError, match=r"training\.json: damaged: not JSON$"):
         train(make_spec(), tmp_path / "run", resume="last")
@@ -406,7 +408,7 @@ def test_a_resume_that_is_refused_leaves_the_record_and_the_lock(make_spec: Make
 
 
 def test_an_overwrite_that_cannot_start_leaves_the_old_run(make_spec: MakeSpec, tmp_path: Path):
-    run = train(make_spec(), tmp_path / "run", max_steps=1).run
+    run = train(make_spec("train.max_steps=1"), tmp_path / "run").run
     wrong = make_spec("task.kind=classification", "data.template=null", "task.metric=null", "train.layout=packed")
     with pytest.raises(ModelError, match="packed would not be exact"):
         train(wrong, run, overwrite=True)
