@@ -47,7 +47,7 @@ from reft_cli.data.templates import Inline, choose_template
 from reft_cli.generation.decode import requests_of
 from reft_cli.generation.settings import Decoding
 from reft_cli.generation.whole import PassEdits, config_of, edits_while_generating
-from reft_cli.interventions import METHODS, trainable_count
+from reft_cli.interventions import METHODS
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.sites import COMPONENTS
@@ -361,8 +361,9 @@ def test_a_model_trains_as_many_numbers_as_the_formula_says(family: str, method:
     model = intervened(family, method=method, tied=tied)
     head = sum(parameter.numel() for parameter in model.head_parameters().values())
     assert (head > 0) == (family == "bert")
-    expected = trainable_count(method, sites=3 if tied else 6, width=32, rank=model.bank.rank)
-    assert model.trainable_count() == expected + head
+    sites, d, r = (3 if tied else 6), 32, model.bank.rank or 0
+    expected = {"red": 2 * d, "consreft": d * r + r, "lobireft": d * r + r}.get(method, 2 * d * r + r)
+    assert model.trainable_count() == sites * expected + head
 
 
 # ---- 14

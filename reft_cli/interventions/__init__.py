@@ -19,7 +19,6 @@ __all__ = [
     "FoldedLowRank",
     "Init",
     "build_bank",
-    "trainable_count",
 ]
 
 METHODS: dict[str, type[Bank]] = {
@@ -56,12 +55,3 @@ def build_bank(
     bank = METHODS[method](sites=sites, width=width, rank=rank, dropout=dropout, dropout_on=dropout_on)
     bank.initialise(init, generator)
     return bank
-
-
-def trainable_count(method: str, *, sites: int, width: int, rank: int | None) -> int:
-    """Trainable numbers in a bank: sites × (2dr + r), dr + r without W, 2d for RED."""
-    if method == "red":
-        return sites * 2 * width
-    assert rank is not None
-    matrices = 1 if method in {"consreft", "lobireft"} else 2
-    return sites * (matrices * width * rank + rank)
