@@ -49,15 +49,9 @@ def template_of(data: DataSpec) -> str | Inline | None:
     return _inline(data.template) if isinstance(data.template, TemplateSpec) else data.template
 
 
-def source_of(data: DataSpec, split: str) -> Source:
-    """Where the rows of a split with a single source come from. SpecError: the spec does not say."""
-    _check_split(data, split)
-    return _source(data, getattr(data, split), split)
-
-
 def names_a_split(path: str) -> bool:
     """Whether a path is one split already: a file, or bundled:NAME/SPLIT."""
-    return path.endswith((".jsonl", ".json", ".csv", ".parquet")) or (path.startswith("bundled:") and "/" in path)
+    return path.endswith(tuple(READERS)) or (path.startswith("bundled:") and "/" in path)
 
 
 def _check_split(data: DataSpec, split: str) -> None:
@@ -68,7 +62,8 @@ def _check_split(data: DataSpec, split: str) -> None:
     assert not isinstance(getattr(data, split), float), "a fraction is not a source"
 
 
-def _source(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
+def source_of(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
+    """Where the rows of a source of a split come from. SpecError: the spec does not say, or they are training rows."""
     if isinstance(given, str):
         return Source(path=given, split=None if names_a_split(given) else split)
     path = _local(data.folder, given.local, given.split or split) if data.folder and given.local else given.path
@@ -125,7 +120,7 @@ def _slice(split: str | None) -> str | None:
 def _rows_of_source(
     data: DataSpec, given: str | SourceSpec, split: str, *, seed: int, limit: int | None, own: bool
 ) -> Rows:
-    rows = read_rows(_source(data, given, split))
+    rows = read_rows(source_of(data, given, split))
     if isinstance(given, SourceSpec):
         if given.share is not None:
             rows = draw(rows, share=given.share, seed=seed, rest=given.rest)

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from reft_cli.cli.init import Task
-from reft_cli.data.records import read_rows
 from reft_cli.kinds import PAIRED
-from reft_cli.runs.sources import source_of
+from reft_cli.runs.sources import rows_of
 from reft_cli.spec import json_schema, load_spec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -26,7 +25,7 @@ def test_what_is_written_loads_and_its_data_are_there(reft, task):
     spec = load_spec(Path("spec.yaml")).spec
     assert spec.task.kind == task and spec.model.name == "bundled:tiny-llama"
     for split in ("train", "validation", "test"):
-        rows = read_rows(source_of(spec.data, split))
+        rows = rows_of(spec, split)
         assert len(rows) >= 100
         if task == "regression":
             assert {row["label"] for row in rows.rows} == {0.0, 1.0}

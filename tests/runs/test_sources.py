@@ -75,12 +75,14 @@ def test_shares_before_limits(spec: Callable[..., Spec]):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_local_copies_are_files_or_folders(spec: Callable[..., Spec], folder: Path, split: str):
     data = {"folder": str(folder), split: {"path": "owner/sums", "subset": "main", "revision": "v1", "local": "sums"}}
-    source = source_of(spec(data).data, split)
+    loaded = spec(data).data
+    source = source_of(loaded, getattr(loaded, split), split)
     assert (source.path, source.split, source.subset) == (str(folder / f"sums.{split}.jsonl"), None, None)
     (folder / "sums").mkdir()
-    source = source_of(spec(data).data, split)
+    source = source_of(loaded, getattr(loaded, split), split)
     assert (source.path, source.split, source.revision) == (str(folder / "sums"), split, None)
-    source = source_of(spec({key: value for key, value in data.items() if key != "folder"}).data, split)
+    loaded = spec({key: value for key, value in data.items() if key != "folder"}).data
+    source = source_of(loaded, getattr(loaded, split), split)
     assert (source.path, source.split, source.subset, source.revision) == ("owner/sums", split, "main", "v1")
 
 
