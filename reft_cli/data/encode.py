@@ -134,15 +134,13 @@ def encode_prompts(
     template: Template,
     task_kind: TaskKind = "causal_lm",
     append_eos: bool = True,
-    numbers: Sequence[int] | None = None,
-    places: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Prompts without answers, with the ids that they have in training. `places` name the rows in messages.
+    """Prompts without answers, with the ids that they have in training; messages call them `prompt 1` and so on.
 
     A reward is of an answer, so that there the rows have one.
     """
-    text, numbers = text_tokenizer(tokenizer), numbers or range(1, len(fields) + 1)
-    places = places or [f"prompt {index}" for index in numbers]
+    text, numbers = text_tokenizer(tokenizer), range(1, len(fields) + 1)
+    places = [f"prompt {index}" for index in numbers]
     if task_kind == "reward":
         ending = Ending.of(text, append_eos=append_eos, rated=True)
         made = answered(fields, numbers, places, text=text, template=template, ending=ending)

@@ -85,7 +85,7 @@ class TextSide:
         )
         return cached(rows.name, key=key, make=make, tell=tell)
 
-    def prompts(self, fields: Sequence[Mapping[str, Any]], *, places: Sequence[str] | None = None) -> list[Example]:
+    def prompts(self, fields: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Rows without answers, as examples; a reward model rates answers, so that its rows have one."""
         return encode_prompts(
             fields,
@@ -93,7 +93,6 @@ class TextSide:
             template=self.template,
             task_kind=self.kind,
             append_eos=self.append_eos,
-            places=places,
         )
 
     def identity(self, metric: str) -> TextIdentity:

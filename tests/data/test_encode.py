@@ -323,11 +323,9 @@ def test_classifiers_read_pairs_as_their_tokenizer_joins_them():
     assert [example.token_types for example in encoded.examples] == expected["token_type_ids"]
     plan = prepared(rows, kind="classification", tokenizer=word_piece())
     fields = [plan["data_format"].fields_of(row, where="x", with_answer=False) for row in rows]
-    prompts = encode_prompts(
-        fields, tokenizer=word_piece(), template=plan["template"], task_kind="classification", numbers=[4, 9]
-    )
+    prompts = encode_prompts(fields, tokenizer=word_piece(), template=plan["template"], task_kind="classification")
     assert [prompt.input_ids for prompt in prompts] == expected["input_ids"]
-    assert [prompt.row for prompt in prompts] == [4, 9]
+    assert [prompt.row for prompt in prompts] == [1, 2]
 
 
 def test_long_texts_of_classifiers_keep_their_special_tokens():
