@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_cli.spec.load import LoadedSpec, load_spec, parse_spec, resolved_yaml
+from reft_cli.spec.load import LoadedSpec, load_spec, resolved_yaml
+from reft_cli.spec.schema import Spec
 
 texts = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
@@ -80,15 +81,15 @@ specs = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=60)
 @given(specs)
 def test_round_trip(tmp_path_factory, tree):
-    spec = parse_spec(tree, name="tree")
+    spec = Spec.model_validate(tree)
     text = resolved_yaml(LoadedSpec(spec, Path("x.yaml"), "", {}))
     path = tmp_path_factory.getbasetemp() / "resolved.yaml"
     path.write_text(text)
     again = load_spec(path)
     assert again.spec == spec
     if "${env:" not in text:
-        assert parse_spec(yaml.safe_load(text), name="YAML 1.1") == spec
-    assert parse_spec(spec.model_dump(mode="json"), name="JSON") == spec
+        assert Spec.model_validate(yaml.safe_load(text)) == spec
+    assert Spec.model_validate(spec.model_dump(mode="json")) == spec
     assert resolved_yaml(again).count("\n") == text.count("\n")
 
 
@@ -112,11 +113,11 @@ extractions = st.sampled_from(["number", {"after": "a"}, {"pattern": "(a|b)", "t
 @given(train=own | st.lists(texts | own, min_size=1, max_size=3), shots=st.integers(0, 9), extraction=extractions)
 def test_round_trip_of_mixes(tmp_path_factory, train, shots, extraction):
     data = {"train": train, "test": [{"path": "a"}, "b.csv"], "few_shot": shots}
-    spec = parse_spec({"model": "m", "task": {"extraction": extraction}, "data": data}, name="tree")
+    spec = Spec.model_validate({"model": "m", "task": {"extraction": extraction}, "data": data})
     path = tmp_path_factory.getbasetemp() / "mix.yaml"
     path.write_text(resolved_yaml(LoadedSpec(spec, Path("x.yaml"), "", {})))
     assert load_spec(path).spec == spec
-    assert parse_spec(spec.model_dump(mode="json"), name="JSON") == spec
+    assert Spec.model_validate(spec.model_dump(mode="json")) == spec
 
 
 def test_each_value_says_where_it_came_from(tmp_path):

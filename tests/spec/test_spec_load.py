@@ -1,4 +1,4 @@
-"""load_spec and parse_spec as wholes."""
+"""load_spec as a whole."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from reft_cli.errors import SpecError
-from reft_cli.spec.load import Origin, load_spec, parse_spec
-from reft_cli.spec.schema import InterventionSpec, Spec
+from reft_cli.spec.load import Origin, load_spec
+from reft_cli.spec.schema import Spec
 
 QUICKSTART = """\
 # reft train configs/quickstart.yaml
@@ -48,51 +48,6 @@ def test_loading_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_parse_a_merged_tree():
-    spec = parse_spec({"model": {"name": "m"}, "intervention": {"method": "red"}, "log": ("wandb",)}, name="run.json")
-    assert spec.intervention == InterventionSpec(method="red", component="mlp_output", positions="all")
-    assert parse_spec(spec.model_dump(), name="dump") == spec
-    assert parse_spec({"model": "m"}, name="x") == Spec(model="m")
-
-
-def test_a_merged_tree_is_taken_as_it_is():
-    """No variable is replaced a second time."""
-    assert parse_spec({"model": "${env:HOME}"}, name="x").model.name == "${env:HOME}"
-
-
-@pytest.mark.parametrize(
-    ("tree", "messages"),
-    [
-        (
-            {"model": "m", "train": {"seed": "3", "epoch": 1, "epochs": True}},
-            [
-                "resolved.yaml: train.epochs: `true` is not a number above 0",
-                'resolved.yaml: train.seed: `"3"` is not a whole number of at least 0 and below 4294967296; '
-                "remove the quotes",
-                "resolved.yaml: train.epoch: unknown key; did you mean `train.epochs`?",
-            ],
-        ),
-        ({"model": "m", "extends": ["a.yaml"]}, ["resolved.yaml: extends: only a file can extend others"]),
-        ({"model": "a\0", "name": float("nan")}, None),
-        ({"model": "\ud800"}, ["resolved.yaml: model: `\\ud800` holds half a character, or is not UTF-8"]),
-        ([], ["resolved.yaml: a spec is a mapping of keys such as `model:`"]),
-        (None, ["resolved.yaml: a spec is a mapping of keys such as `model:`"]),
-    ],
-)
-def test_refused_trees(tree, messages):
-    with pytest.raises(SpecError) as caught:
-        parse_spec(tree, name="resolved.yaml")
-    if messages is not None:
-        assert list(map(str, caught.value.problems)) == messages
-
-
-def test_a_bottomless_tree():
-    tree = {}
-    tree["model"] = tree
-    with pytest.raises(SpecError, match="levels deep"):
-        parse_spec(tree, name="x")
 
 
 def test_a_wrong_value_hides_no_conflict(tmp_path):
