@@ -129,6 +129,16 @@ def exit_code(error: ReftError) -> int:
     return error.exit_code if isinstance(error, Interrupted | ProcessLost) else error.code
 
 
+def reason_of(error: OSError) -> str:
+    """What the system says of a file or a disk, in small letters: `no space left on device`."""
+    return (error.strerror or str(error)).lower()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, or its name if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _rebuilt(kind: type[ReftError], problems: tuple[Problem, ...]) -> ReftError:
     error = kind.__new__(kind)
     ReftError.__init__(error, *problems)

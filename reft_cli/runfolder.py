@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from reft_cli import modelcard
 from reft_cli.environment import blotted, git_state, versions
-from reft_cli.errors import MACHINE_FAULTS, CheckpointError, SpecError
+from reft_cli.errors import MACHINE_FAULTS, CheckpointError, SpecError, reason_of
 from reft_cli.reading import LARGEST_LOG, Moment, check_kinds, parse_json, read_json, read_text, read_yaml
 
 Link = Literal["best", "last"]
@@ -79,7 +79,7 @@ class RunFolder:
         except OSError as error:
             if error.errno in MACHINE_FAULTS - {errno.EROFS}:
                 raise
-            raise SpecError(f"{run.path}: cannot write there: {(error.strerror or str(error)).lower()}") from error
+            raise SpecError(f"{run.path}: cannot write there: {reason_of(error)}") from error
         if overwrite and not resume:
             run._clear()
         return run

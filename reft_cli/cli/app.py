@@ -22,7 +22,7 @@ from reft_cli import __version__
 from reft_cli.cli import check, console, doctor, eval, infer, init, options, runs, schema, tasks, train
 from reft_cli.cli.habits import message_of
 from reft_cli.environment import blotted, versions
-from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ProcessLost, ReftError
+from reft_cli.errors import MACHINE_FAULTS, MemoryExhausted, Problem, ProcessLost, ReftError, reason_of
 from reft_cli.parallel import launch
 from reft_cli.parallel.world import is_ours, world
 
@@ -122,7 +122,7 @@ def _nobody_reads() -> int:
 
 def _machine_fault(error: OSError) -> int:
     """A full disk and the like: neither the user's doing nor a fault of ours."""
-    return console.fail(ReftError(f"{error.filename or 'reft'}: {(error.strerror or str(error)).lower()}"))
+    return console.fail(ReftError(f"{error.filename or 'reft'}: {reason_of(error)}"))
 
 
 def _out_of_memory(error: Exception) -> int:

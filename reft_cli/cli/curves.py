@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_cli.errors import SpecError
+from reft_cli.errors import SpecError, reason_of
 
 if TYPE_CHECKING:
     from reft_cli.runfolder import RunFolder
@@ -88,7 +88,7 @@ def write_picture(path: Path, runs: Mapping[str, Mapping[str, Curve]]) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        raise SpecError(f"--output {path}: cannot be written ({(error.strerror or str(error)).lower()})") from error
+        raise SpecError(f"--output {path}: cannot be written ({reason_of(error)})") from error
 
 
 def _panel(axes: Any, name: str, runs: Mapping[str, Mapping[str, Curve]]) -> None:  # noqa: ANN401  matplotlib's Axes

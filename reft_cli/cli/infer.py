@@ -16,7 +16,7 @@ import typer
 from reft_cli.cli import console, options
 from reft_cli.cli.importing import importing
 from reft_cli.cli.progress import progress
-from reft_cli.errors import DataError, SpecError
+from reft_cli.errors import DataError, SpecError, reason_of
 
 if TYPE_CHECKING:
     from reft_cli.data.records import Rows
@@ -299,7 +299,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise SpecError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def _answered(line: bytes) -> Any:  # noqa: ANN401  any JSON value, or None for what is none
@@ -323,8 +323,7 @@ class _opened:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a", encoding="utf-8")
             except OSError as error:
-                reason = (error.strerror or str(error)).lower()
-                raise SpecError(f"{self._path}: cannot be written: {reason}") from error
+                raise SpecError(f"{self._path}: cannot be written: {reason_of(error)}") from error
         return self._file
 
     def __exit__(self, *exception: object) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from reft_cli.cli import console, options
-from reft_cli.errors import SpecError
+from reft_cli.errors import SpecError, reason_of
 
 SCHEMA_FILE = "reft.schema.json"
 WIDTH = 110
@@ -179,4 +179,4 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise SpecError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+        raise SpecError(f"{path}: cannot be written: {reason_of(error)}") from error

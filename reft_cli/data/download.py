@@ -10,7 +10,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from reft_cli.errors import DataError
+from reft_cli.errors import DataError, first_line
 
 SECONDS = 60  # without a byte
 
@@ -32,8 +32,7 @@ def fetch(address: str) -> Path:
                 shutil.copyfileobj(response, file)
             part.replace(path)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        text = str(error).splitlines()
-        raise DataError(f"{address}: cannot be downloaded: {text[0] if text else type(error).__name__}") from error
+        raise DataError(f"{address}: cannot be downloaded: {first_line(error)}") from error
     return path
 
 

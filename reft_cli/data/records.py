@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from reft_cli import bundled
 from reft_cli.data.download import fetch
-from reft_cli.errors import DataError
+from reft_cli.errors import DataError, first_line, reason_of
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -224,7 +224,7 @@ def _read_saved(folder: Path, split: str, *, name: str) -> Rows:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{name}: cannot be read as a saved data set ({_first_line(error)})") from error
+        raise DataError(f"{name}: cannot be read as a saved data set ({first_line(error)})") from error
     if isinstance(saved, datasets.DatasetDict):
         names = {_canonical(key): key for key in saved}
         if _canonical(split) not in names:
@@ -252,7 +252,7 @@ def _read_hub(source: Source) -> Rows:
         )
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{source.path}: no file or folder here, and no data set that the hub gives: {_first_line(error)}"
+            f"{source.path}: no file or folder here, and no data set that the hub gives: {first_line(error)}"
         ) from error
     if source.limit is not None:
         data = data.select(range(min(source.limit, len(data))))
@@ -287,7 +287,7 @@ def _read_file(path: Path, *, name: str) -> Rows:
             raise DataError(f"{name}: the file is empty")
         rows = reader(path, name)
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({(error.strerror or str(error)).lower()})") from error
+        raise DataError(f"{name}: cannot be read ({reason_of(error)})") from error
     return _checked(rows)
 
 
@@ -377,7 +377,7 @@ def _read_parquet(path: Path, name: str) -> Rows:
     try:
         return _numbered(name, pyarrow.parquet.ParquetFile(path).read().to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not Parquet ({_first_line(error)})") from error
+        raise DataError(f"{name}: not Parquet ({first_line(error)})") from error
 
 
 READERS: dict[str, Callable[[Path, str], Rows]] = {
@@ -418,14 +418,9 @@ def _because(error: ValueError | RecursionError) -> str:
     text = (
         f"{error.msg.removesuffix(' at')}, column {error.colno}"
         if isinstance(error, json.JSONDecodeError)
-        else _first_line(error)
+        else first_line(error)
     )
     return text[:1].lower() + text[1:]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _kind(value: object) -> str:

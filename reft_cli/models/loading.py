@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from reft_cli import bundled
-from reft_cli.errors import ModelError
+from reft_cli.errors import ModelError, first_line
 from reft_cli.models.float8 import to_float8, why_no_float8
 from reft_cli.models.low_bit import KINDS, quantization_config, true_shape
 from reft_cli.models.placement import is_spread, spreading
@@ -267,15 +267,14 @@ def _explain(source: BaseSource, error: Exception) -> str:
     if "gated" in text or "401" in text or "403" in text:
         return f"{name}: access is refused; accept its terms on the hub and log in (`hf auth login`)"
     if isinstance(error, ImportError):
-        return f"{name}: {text.strip().splitlines()[0]}"
+        return f"{name}: {first_line(error)}"
     if "Unrecognized configuration class" in text:
         return f"{name}: its architecture has no head of this kind in transformers; is it a {_kinds()}?"
     if "onnect" in text or "offline" in text.lower() or "cached files" in text:
         return f"{name}: not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
     if "not a valid model identifier" in text or "404" in text or "Repository Not Found" in text:
         return f"{name}: neither a local folder nor a model on the hub"
-    first = next((line for line in text.strip().splitlines() if line.strip()), type(error).__name__)
-    return f"{name}: cannot be loaded: {first.strip()}"
+    return f"{name}: cannot be loaded: {first_line(error)}"
 
 
 def _kinds() -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reft_cli.errors import ProcessLost, ReftError, SpecError
+from reft_cli.errors import ProcessLost, ReftError, SpecError, first_line
 from reft_cli.parallel.world import RENDEZVOUS, World, world
 
 Item = TypeVar("Item")
@@ -81,7 +81,7 @@ def _losses(message: str = "another process of this run ended") -> Iterator[None
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TimeoutError) as error:
-        raise ProcessLost(f"{message}: {str(error).splitlines()[0][:300]}") from error
+        raise ProcessLost(f"{message}: {first_line(error)[:300]}") from error
 
 
 def rank() -> int:

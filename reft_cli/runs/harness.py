@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_cli.environment import git_state
-from reft_cli.errors import DataError, SpecError
+from reft_cli.errors import DataError, SpecError, first_line
 from reft_cli.evaluation.requests import Requests
 from reft_cli.runfolder import RunFolder, finite, write_atomic
 from reft_cli.runs.assemble import merge_generation
@@ -140,7 +140,7 @@ def _run_tasks(
         try:
             manager.load(names)
         except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+            reason = printable(first_line(error))
             raise DataError(f"--tasks {', '.join(names)}: its data cannot be had: {reason}") from error
         requests = Requests(
             model=session.model,

@@ -29,6 +29,8 @@ from reft_cli.errors import (
     ReftError,
     SpecError,
     exit_code,
+    first_line,
+    reason_of,
 )
 from reft_cli.evaluation.evaluate import References
 from reft_cli.evaluation.metrics import LOWER_IS_BETTER
@@ -430,16 +432,15 @@ def _advice(run: RunFolder, spec: Spec, error: BaseException) -> ReftError | Non
     if is_out_of_memory(error):
         return _memory_advice(spec, error)
     if isinstance(error, RuntimeError) and any(words in str(error) for words in GPU_LOST):
-        return ReftError(f"the GPU failed: {str(error).splitlines()[0]}. Put that right and go on with --resume.")
+        return ReftError(f"the GPU failed: {first_line(error)}. Put that right and go on with --resume.")
     if type(error).__module__ == "torch._dynamo.exc":
-        why = str(error).strip().splitlines()[0]
-        return ModelError(f"train.compile: on is not possible for this model: {why}; write auto or off")
+        return ModelError(f"train.compile: on is not possible for this model: {first_line(error)}; write auto or off")
     if not isinstance(error, OSError):
         return None
     file = Path(error.filename) if isinstance(error.filename, str) else run.path
     if error.errno not in MACHINE_FAULTS and not file.absolute().is_relative_to(run.path.absolute()):
         return None
-    return ReftError(f"{file}: {(error.strerror or str(error)).lower()}. Put that right and go on with --resume.")
+    return ReftError(f"{file}: {reason_of(error)}. Put that right and go on with --resume.")
 
 
 def _memory_advice(spec: Spec, error: BaseException) -> MemoryExhausted:
