@@ -209,6 +209,9 @@ def fail_json(error: dict[str, Any]) -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line on stderr, whatever the flags; no secret."""
-    sys.stderr.write(blotted(text) + "\n")
-    sys.stderr.flush()
+    """Print a line on stderr, whatever the flags; no secret. Where nobody reads it any more, work goes on unheard."""
+    try:
+        sys.stderr.write(blotted(text) + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

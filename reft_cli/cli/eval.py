@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -65,7 +66,7 @@ def evaluate(
     no_progress: options.NoProgress = False,
 ) -> None:
     """Score a run on a split, or on tasks of lm-evaluation-harness."""
-    gates = [_gate(text) for text in fail_under]
+    gates = [_gate(text, of_tasks=tasks is not None) for text in fail_under]
     which = _which(base=base, compare=compare_base)
     decoding = _decoding(sets, compile=compile)
     _share_out(processes, device=device, device_map=device_map, tasks=tasks)
@@ -163,13 +164,22 @@ def _print(report: EvalReport) -> None:
         console.say(f"kept in {report.path}")
 
 
-def _gate(text: str) -> tuple[str, float]:
-    """`accuracy=0.6` as ("accuracy", 0.6)."""
+def _gate(text: str, *, of_tasks: bool) -> tuple[str, float]:
+    """`accuracy=0.6` as ("accuracy", 0.6). SpecError before anything is scored; tasks alone have other scores."""
+    from reft_cli.spec.task import Metric
+
     name, _, number = text.partition("=")
     try:
         least = float(number)
     except ValueError:
         raise SpecError(f"--fail-under {text}: write METRIC=NUMBER, for example accuracy=0.6") from None
+    known = get_args(Metric)
+    if not of_tasks and name.partition("/")[0] not in known:
+        near = get_close_matches(name, known, 1, 0.5)
+        raise SpecError(
+            f"--fail-under {text}: no such score; there are {', '.join(known)}"
+            + (f"; did you mean `{near[0]}`?" if near else "")
+        )
     if name in LOWER_IS_BETTER:
         raise SpecError(f"--fail-under {text}: a low {name} is a good one; use a score that grows")
     return name, least

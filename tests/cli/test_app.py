@@ -184,6 +184,20 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+def test_nobody_has_to_read_what_is_said():
+    """`reft train … 2>&1 | tee log` ended in "broken pipe", code 1, when tee did; every error had that code too."""
+    says = "from reft_cli.cli import console; console.say('a'); console.say('b'); print('done')"
+    for words, code, out in ((["-c", says], 0, "done\n"), (["-m", "reft_cli", "runs", "show", "nowhere"], 4, "")):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as nobody:
+            done = subprocess.run(
+                [sys.executable, *words], stdout=subprocess.PIPE, stderr=nobody, text=True, check=False
+            )
+        assert (done.returncode, done.stdout) == (code, out)
+
+
 def test_no_codes_for_colours_in_a_pipe_even_when_forced():
     forced = os.environ | {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "GITHUB_ACTIONS": "true", "PY_COLORS": "1"}
     for words in (["--help"], ["trian"], ["runs", "ls", str(Path(__file__).parent)]):

@@ -96,6 +96,8 @@ def test_the_gate_as_json_comes_after_the_result(reft, calls):
     [
         (["--fail-under", "accuracy"], "--fail-under accuracy: write METRIC=NUMBER"),
         (["--fail-under", "accuracy=high"], "write METRIC=NUMBER"),
+        (["--fail-under", "acc=0.5"], "--fail-under acc=0.5: no such score; there are exact_match, accuracy, f1, "),
+        (["--fail-under", "acc=0.5"], "perplexity, margin; did you mean `accuracy`?"),
         (["--fail-under", "loss=2"], "a low loss is a good one"),
         (["--base", "--compare-base"], "give one of them"),
         (["--limit", "0"], "--limit"),
