@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from reft_cli.environment import blotted
 from reft_cli.errors import ReftError, exit_code
@@ -23,6 +23,7 @@ from reft_cli.parallel.world import is_ours
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+GAP, NARROWEST = 2, 6  # between columns of a table, and what a text has at least where names and numbers stay whole
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -150,16 +151,38 @@ def result_rich(renderable: RenderableType) -> None:
 
 
 def result_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """Print aligned columns; those named in `right` hold numbers."""
+    """Print aligned columns; those named in `right` hold numbers.
+
+    On a terminal that is too narrow, texts are broken over lines, names and numbers only if nothing else helps.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), show_header=any(headers))
-    for header in headers:
-        table.add_column(Text(header), justify="right" if header in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = _whole_columns(headers, cells, right=right, room=rich_console(sys.stdout).width)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0), show_header=any(headers))
+    for header, width in zip(headers, widths, strict=True):
+        justify: Literal["left", "right"] = "right" if header in right else "left"
+        table.add_column(Text(header), justify=justify, overflow="fold", width=width)
+    for row in cells:
+        table.add_row(*map(Text, row))
     result_rich(table)
+
+
+def _whole_columns(
+    headers: Sequence[str], cells: Sequence[Sequence[str]], *, right: Sequence[str], room: int
+) -> list[int | None]:
+    """Of a table that is wider than the room, widths of the first column and of numbers; None: what room is left.
+
+    Headers may be broken between words.
+    """
+    columns = [list(column) for column in zip(headers, *cells, strict=True)]
+    gaps = GAP * (len(columns) - 1)
+    needed = [max(map(len, [*column[1:], *column[0].split(), ""])) for column in columns]
+    fixed = [width if index == 0 or columns[index][0] in right else None for index, width in enumerate(needed)]
+    too_wide = sum(max(map(len, column)) for column in columns) + gaps > room
+    fits = sum(NARROWEST if width is None else width for width in fixed) + gaps <= room
+    return fixed if too_wide and fits else [None] * len(columns)
 
 
 # ---- stderr

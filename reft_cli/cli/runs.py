@@ -53,6 +53,8 @@ def list_runs(
     scores = sorted({name for row in rows for name in row["scores"]})
     headers = ["run", "status", "step", *scores, "method", "model", "started", "seconds"]
     table = [[row["scores"].get(key, row.get(key)) for key in headers] for row in rows]
+    for line in table:
+        line[headers.index("started")] = _minute(line[headers.index("started")])
     console.result_table(
         headers, [[_cell(value) for value in line] for line in table], right=["step", "seconds", *scores]
     )
@@ -209,6 +211,11 @@ def _seconds(started: str | None, ended: str | None) -> float | None:
     if not started or not ended:
         return None
     return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
+
+
+def _minute(moment: str | None) -> str | None:
+    """`2026-11-22T14:07:25+00:00` as a table has it."""
+    return moment and f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"
 
 
 def _cell(value: object) -> str:

@@ -34,6 +34,22 @@ def test_a_table_on_a_terminal_fits_it(monkeypatch):
     assert all(len(line) <= 50 for line in screen.getvalue().splitlines())
 
 
+def test_on_a_narrow_terminal_names_and_numbers_stay_whole(monkeypatch):
+    """At 80 columns `exact_match` was broken in the middle, and so were the names of runs and splits."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "48")
+    row = ["runs/validation", "some words that are long", "0.8125", "12,345"]
+    console.result_table(["run", "model", "exact_match", "prompt p50"], [row], right=["exact_match", "prompt p50"])
+    lines = screen.getvalue().splitlines()
+    assert all(word in screen.getvalue() for word in ("runs/validation", "exact_match", "0.8125", "12,345", "prompt"))
+    assert [line.split()[-1] for line in lines[2:]] == ["12,345", "are", "long"]
+    screen.truncate(0)
+    console.result_table(["name", "value"], [["x" * 60, "y" * 60]])  # where that is not possible, nothing is lost
+    assert (screen.getvalue().count("x"), screen.getvalue().count("y")) == (60, 60)
+
+
 def test_a_table_without_headers_has_no_empty_line(capsys):
     console.result_table(["", ""], [["a", "b"]])
     assert capsys.readouterr().out == "a  b\n"

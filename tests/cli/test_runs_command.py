@@ -1,6 +1,7 @@
 """`reft runs`: lists, shows and compares what stands in run folders."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -39,7 +40,7 @@ def test_a_list_of_runs(reft, runs):
     assert lines[0].split() == ["run", "status", "step", "exact_match", "loss", "method", "model", "started", "seconds"]
     assert lines[1].split()[:7] == ["runs/a", "done", "20", "0.9", "0.1", "loreft", "org/model"]
     assert lines[2].split()[:4] == ["runs/b", "failed", "direft", "org/model"]
-    assert len(lines) == 3
+    assert len(lines) == 3 and re.search(r"org/model  \d{4}-\d\d-\d\d \d\d:\d\d +\d+$", lines[1])
 
 
 def test_a_list_as_json(reft, runs):
