@@ -232,10 +232,7 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
     if data is None:
         if session.found.run is None:
             raise SpecError(f"{session.found.checkpoint} lies in no run folder, so its data are not known; give --data")
-        spec = begun_with(session.found.run)
-        if split == "validation" and isinstance(spec.data.validation, float):
-            raise SpecError(f"data.validation of this run is a fraction ({spec.data.validation:g}); give --data")
-        return rows_of(spec, split, limit=limit)
+        return rows_of(begun_with(session.found.run), split, limit=limit)
     return read_rows(Source(path=data, split=None if names_a_split(data) else split, limit=limit))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,17 +22,41 @@ RENDERED = Inline("{prompt}", "{completion}", "{reference}")
 
 def training_rows(spec: Spec) -> tuple[Rows, Rows | None]:
     """(training rows, validation rows or None); of the latter the first `evaluation.limit` of each source."""
-    rows, limit = rows_of(spec, "train"), spec.evaluation.limit
+    limit = spec.evaluation.limit
     if isinstance(spec.data.validation, float):
-        rows, held_out = split_off(rows, fraction=spec.data.validation, seed=spec.train.seed)
-        return rows, held_out.take(range(min(limit or len(held_out), len(held_out))))
-    return rows, None if spec.data.validation is None else rows_of(spec, "validation", limit=limit)
+        rows, held_out = _parted(spec.data, spec.data.validation, seed=spec.train.seed)
+        return rows, _first(held_out, limit)
+    return rows_of(spec, "train"), None if spec.data.validation is None else rows_of(spec, "validation", limit=limit)
 
 
 def rows_of(spec: Spec, split: str, *, limit: int | None = None) -> Rows:
-    """The rows of a split, or the first `limit` of each of its sources. SpecError: the spec does not say where."""
+    """The rows of a split, or the first `limit` of each of its sources. SpecError: the spec does not say where.
+
+    Where validation is a fraction of the training rows, they are parted under the seed.
+    """
     data, seed = spec.data, spec.train.seed
     _check_split(data, split)
+    if isinstance(data.validation, float) and split != "test":
+        return _first(_parted(data, data.validation, seed=seed)[split == "validation"], limit)
+    return _read(data, split, seed=seed, limit=limit)
+
+
+def _parted(data: DataSpec, fraction: float, *, seed: int) -> tuple[Rows, Rows]:
+    return split_off(_read(data, "train", seed=seed, limit=None), fraction=fraction, seed=seed)
+
+
+def _first(rows: Rows, limit: int | None) -> Rows:
+    """The first `limit` rows of each source."""
+    sources, seen = rows.sources or [rows.name] * len(rows), Counter[str]()
+    chosen = []
+    for index, source in enumerate(sources):
+        seen[source] += 1
+        if limit is None or seen[source] <= limit:
+            chosen.append(index)
+    return rows.take(chosen)
+
+
+def _read(data: DataSpec, split: str, *, seed: int, limit: int | None) -> Rows:
     given = getattr(data, split)
     if not isinstance(given, list):
         return _rows_of_source(data, given, split, seed=seed, limit=limit, own=data.has_own_templates)
@@ -59,7 +84,6 @@ def _check_split(data: DataSpec, split: str) -> None:
         raise SpecError(f"--split {printable(split)}: the run's spec has {listed(SPLITS, last='and')}")
     if getattr(data, split) is None:
         raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")
-    assert not isinstance(getattr(data, split), float), "a fraction is not a source"
 
 
 def source_of(data: DataSpec, given: str | SourceSpec, split: str) -> Source:

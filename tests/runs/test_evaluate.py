@@ -86,6 +86,17 @@ def test_the_validation_score_of_training_is_that_of_evaluation(run: Path):
     assert evaluate(run, split="validation", checkpoint="best", loss=True).metrics["loss"] == best
 
 
+def test_rows_that_were_held_out_are_those_of_training(trained: Trained):
+    """They could not be scored, and as training rows they were among them."""
+    run = trained("data.validation=0.3", "checkpoint.best=loss")
+    best = json.loads((run / "run.json").read_text())["metrics"]["validation_loss"]
+    assert evaluate(run, split="validation", checkpoint="best", loss=True).metrics["loss"] == best
+    held, learned = (samples(evaluate(run, split=split)) for split in ("validation", "train"))
+    assert (len(held), len(learned)) == (6, 14)
+    assert sorted(line["row"] for line in [*held, *learned]) == list(range(1, 21))
+    assert samples(evaluate(run, split="validation", limit=2)) == held[:2]
+
+
 def test_other_data_in_another_file(run: Path, data_dir: Path, tmp_path: Path):
     rows = rows_of(data_dir / "validation.jsonl")
     with (tmp_path / "other.csv").open("w", newline="") as file:
@@ -322,8 +333,6 @@ def test_what_cannot_be_evaluated_is_said_in_words(run: Path, make_spec: Callabl
         output=tmp_path / "other",
         observer=NullObserver(),
     )
-    with pytest.raises(SpecError, match=r"data.validation of this run is a fraction \(0.2\); give --data"):
-        evaluate(tmp_path / "other", split="validation")
     with pytest.raises(SpecError, match=r"data\.test: missing"):
         evaluate(tmp_path / "other")
     assert not (tmp_path / "other/eval").exists()
