@@ -225,7 +225,7 @@ def choose_format(
             Problem(
                 f"format `{requested}` needs columns {_listed(chosen.needed)}; found {_listed(columns)}.",
                 file=where,
-                hint=_mapping_hint(chosen, columns),
+                hint=_mapping_hint(chosen, columns) + _conversations_hint(missing, requested=requested),
             )
         )
     return chosen
@@ -335,6 +335,12 @@ def _mapping_hint(chosen: Format, columns: Sequence[str]) -> str:
     guessed = _guess(chosen, columns)
     wanted = {name: guessed.get(name, "…") for name in chosen.needed if guessed.get(name) != name}
     return f"Map them: columns: {{{_pairs(wanted)}}}"
+
+
+def _conversations_hint(missing: Sequence[str], *, requested: str) -> str:
+    """For pairs of whole conversations, which have no column of their own for the prompt."""
+    whole = requested == "preference" and missing == ["prompt"]
+    return "; where chosen and rejected are conversations, data.format: preference_messages" if whole else ""
 
 
 def _pairs(mapping: Mapping[str, str]) -> str:

@@ -144,13 +144,18 @@ def test_conversations_differ_in_their_last_turn(kind, row):
         ({"chosen": [*ASKED, OTHER]}, {}, "needs columns chosen, rejected; found chosen"),
         ({"chosen": [*ASKED, OTHER], "rejected": [*ASKED, OTHER]}, {"template": "plain"}, "does not fit format"),
         ({"prompt": "a", "chosen": [OTHER], "rejected": [OTHER]}, {"requested": "preference"}, "preference_messages"),
+        (
+            {"chosen": [*ASKED, OTHER], "rejected": [*ASKED, OTHER]},
+            {"requested": "preference"},
+            "where chosen and rejected are conversations, data.format: preference_messages",
+        ),
     ],
 )
 def test_conversations_that_are_no_pairs(row, how, message):
     with pytest.raises(ReftError) as caught:
         made = plan([row], **{"requested": "preference_messages"} | how)
         encode_examples(Rows("p.jsonl", [row], [1], [1]), positions=Positions.parse("l1"), max_length=200, **made)
-    assert message in str(caught.value)
+    assert message in "; ".join(f"{problem}; {problem.hint}" for problem in caught.value.problems)
 
 
 LONG = [
