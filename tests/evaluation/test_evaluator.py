@@ -1,0 +1,119 @@
+"""Losses and scores of an evaluation are those of each row by itself, worked out from the model's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from reft_cli.data.batch import build_batch
+from reft_cli.data.examples import Example
+from reft_cli.evaluation.evaluate import Evaluation, Evaluator
+from reft_cli.generation.settings import Decoding
+from reft_cli.models.build import build_intervened
+from reft_cli.models.intervened import IntervenedModel
+from reft_cli.positions import Positions
+from tiny_models import base_of, byte_tokenizer
+
+POSITIONS = Positions.parse("f2+l1")
+GROUPS = POSITIONS.groups(tied=True)
+BOTH = pytest.mark.parametrize("edited", [True, False])
+
+
+def intervened(family: str) -> IntervenedModel:
+    return build_intervened(
+        base_of(family), method="loreft", layers="all", component="block_output", positions=POSITIONS, tied=True,
+        rank=4, init="paper", dropout=0.0, dropout_on="delta", seed=0,
+    ).eval()  # fmt: skip
+
+
+def ids(count: int, salt: int) -> list[int]:
+    return [(salt * 31 + 17 * token * token) % 280 + 5 for token in range(count)]
+
+
+def logits(model: IntervenedModel, example: Example, edited: bool) -> torch.Tensor:
+    """Of a row alone."""
+    batch = build_batch([replace(example, rejected=None)], groups=GROUPS, layout="padded", pad_token_id=1)
+    with torch.no_grad(), model.editing(batch.rows if edited else None):
+        return model.base_model(torch.tensor([example.input_ids])).logits[0].double()
+
+
+def answer_log_probability(model: IntervenedModel, example: Example, edited: bool) -> float:
+    table = logits(model, example, edited).log_softmax(-1)
+    pairs = enumerate(example.input_ids[example.prompt_length :], start=example.prompt_length - 1)
+    return sum(table[place, token].item() for place, token in pairs)
+
+
+def evaluated(
+    model: IntervenedModel,
+    kind: str,
+    metric: str,
+    rows: list[Example],
+    *,
+    edited: bool,
+    labels: list[str] | None = None,
+    **given: object,
+) -> tuple[Evaluation, list[tuple[int, int]]]:
+    """In passes of two or three rows; and what was told of the progress."""
+    told: list[tuple[int, int]] = []
+    evaluator = Evaluator(
+        kind, metric, labels, GROUPS, byte_tokenizer(), Decoding(max_new_tokens=4), None, token_budget=30, **given
+    )  # type: ignore[arg-type]
+    tell: Callable[[int, int], None] = lambda done, total: told.append((done, total))  # noqa: E731
+    return evaluator.run(model, rows, prompts=[], edited=edited, on_progress=tell), told
+
+
+@BOTH
+def test_the_loss_of_texts_is_the_mean_over_all_answer_tokens(edited: bool):
+    rows = [Example(ids(4 + row, row), 2 + row // 2, None, "", "", row, source="ab"[row % 2]) for row in range(7)]
+    with intervened("llama") as model:
+        found, told = evaluated(model, "causal_lm", "perplexity", rows, edited=edited)
+        wanted = -sum(answer_log_probability(model, each, edited) for each in rows)
+    wanted /= sum(len(each.input_ids) - each.prompt_length for each in rows)
+    assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert found.metrics["perplexity"] == pytest.approx(2.718281828**wanted, rel=1e-4)
+    assert len(told) > 1 and told[-1] == (7, 7) and told == sorted(told)
+
+
+@BOTH
+def test_classes_are_those_of_the_largest_logit(edited: bool):
+    rows = [Example(ids(3 + row, row), 3 + row, row % 3, "", "", row, source="ab"[row > 2]) for row in range(8)]
+    with intervened("roberta") as model:
+        found, told = evaluated(model, "classification", "accuracy", rows, edited=edited, labels=["x", "y", "z"])
+        tables = [logits(model, each, edited).log_softmax(-1) for each in rows]
+    losses = [-table[each.label].item() for table, each in zip(tables, rows, strict=True)]
+    best = [int(table.argmax()) for table in tables]
+    assert found.metrics["loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+    hits = [a == each.label for a, each in zip(best, rows, strict=True)]
+    first, second = sum(hits[:3]) / 3, sum(hits[3:]) / 5
+    assert [found.metrics[f"accuracy{name}"] for name in ("", "/a", "/b")] == [(first + second) / 2, first, second]
+    assert first != second
+    assert [each["prediction"] for each in found.samples] == ["xyz"[one] for one in best]
+    assert [each["reference"] for each in found.samples] == ["xyz"[each.label] for each in rows]
+    assert told[-1] == (8, 8) and told == sorted(told)
+
+
+@BOTH
+def test_the_loss_of_pairs_is_that_of_their_rewards(edited: bool):
+    rows = []
+    for row in range(5):
+        start = ids(3 + row, row)
+        other = Example(start + ids(1 + row % 3, 50), len(start), None, "", "", row)
+        rows.append(Example(start + ids(2 + row % 2, 90), len(start), None, "", "", row, rejected=other))
+    kept: dict = {}
+    with intervened("llama") as model:
+        found, _ = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
+        again, _ = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
+        rewards = [
+            [0.5 * (answer_log_probability(model, one, edited) - answer_log_probability(model, one, False))
+             for one in (each, each.rejected)]
+            for each in rows
+        ]  # fmt: skip
+    margins = torch.tensor(rewards).diff(dim=1).neg().flatten()
+    assert found.metrics["loss"] == pytest.approx(-logsigmoid(margins).mean().item(), rel=1e-4)
+    assert found.metrics["margin"] == pytest.approx(margins.mean().item(), rel=1e-3, abs=1e-4)
+    assert again.metrics == pytest.approx(found.metrics, abs=1e-5) and len(kept) == 5
+    assert [each["prediction"] for each in found.samples] == pytest.approx(margins.tolist(), abs=1e-4)
