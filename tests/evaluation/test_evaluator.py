@@ -12,7 +12,8 @@ from torch.nn.functional import logsigmoid
 from reft_cli.data.batch import build_batch
 from reft_cli.data.examples import Example
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
-from reft_cli.generation.settings import Decoding
+from reft_cli.evaluation.extraction import Extraction
+from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
@@ -105,7 +106,8 @@ def test_the_loss_of_pairs_is_that_of_their_rewards(edited: bool):
         rows.append(Example(start + ids(2 + row % 2, 90), len(start), None, "", "", row, rejected=other))
     kept: dict = {}
     with intervened("llama") as model:
-        found, _ = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
+        evaluated(model, "preference", "accuracy", rows[1:2], edited=edited, beta=0.5, references=kept)
+        found, told = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
         again, _ = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
         rewards = [
             [0.5 * (answer_log_probability(model, one, edited) - answer_log_probability(model, one, False))
@@ -117,3 +119,18 @@ def test_the_loss_of_pairs_is_that_of_their_rewards(edited: bool):
     assert found.metrics["margin"] == pytest.approx(margins.mean().item(), rel=1e-3, abs=1e-4)
     assert again.metrics == pytest.approx(found.metrics, abs=1e-5) and len(kept) == 5
     assert [each["prediction"] for each in found.samples] == pytest.approx(margins.tolist(), abs=1e-4)
+    assert told[0][0] < 5 and told[-1] == (5, 5) and told == sorted(told)
+
+
+def test_an_answer_in_which_nothing_is_found_is_wrong_and_a_reference_without_a_number_is_taken_whole():
+    given = [("so 12", " 12", None), ("12 or 13", " 12", None), ("what", " none", None), ("it is 7.", " 3", "7")]
+    rows = [Example([5, 6, 7], 2, None, "", said, row, reference=own) for row, (_, said, own) in enumerate(given)]
+    evaluator = Evaluator(
+        "causal_lm", "exact_match", None, GROUPS, byte_tokenizer(), Decoding(), None, 30,
+        rule=Extraction(pattern=r"\d+", take="last"), reads_loss=False,
+    )  # fmt: skip
+    answers = [Answer(text, 3, True) for text, _, _ in given]
+    found = evaluator.run(intervened("llama"), rows, prompts=[], answers=answers)
+    assert found.metrics == {"exact_match": 0.5}
+    assert [each["answer"] for each in found.samples] == ["12", "13", "", "7"]
+    assert [each["reference"] for each in found.samples] == ["12", "12", " none", "7"]
