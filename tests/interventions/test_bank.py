@@ -305,6 +305,7 @@ def test_inference_mode_leaves_nothing_behind():
     bank = make().eval()
     with torch.inference_mode():
         bank.delta(0, states())
+        assert not any(tensor.is_inference() for tensor in bank.fold().tensors())
     train(bank.train(), torch.optim.AdamW(bank.parameters()), steps=2)
 
 
