@@ -14,7 +14,7 @@ from transformers.generation import logits_process
 
 from reft_cli.generation.choose import Chooser, ban_repeats, draw, highest, uniform
 from reft_cli.generation.decode import Decoder, requests_of
-from reft_cli.generation.settings import Decoding, Endings, Request
+from reft_cli.generation.settings import Answer, Decoding, Endings, Request
 from reft_cli.positions import Positions
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_the_highest_score_is_argmax_also_of_equal_ones(width: int, dtype: torch
     assert torch.equal(highest(scores), scores.argmax(-1))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 13])
 def test_runs_are_banned_as_transformers_bans_them(size: int):
     past, held = rows([1, 2, 5, 9, 12])
     scores = torch.randn(5, 9)
@@ -143,6 +143,15 @@ def test_shortest_answers():
     finally:
         serving.model.generation_config.eos_token_id = 0
     assert all(end not in answer[:3] and len(answer) >= 3 for answer in longer)
+
+
+def test_what_was_generated_after_a_stop_text_or_an_end_does_not_count():
+    endings = Endings(frozenset({0}), ("stop", "end"), TOKENIZER)
+    for text, kept, count in (("a stop, the end", "a ", 6), ("the end. stop", "the ", 7), ("stop", "", 4)):
+        assert endings.answer(TOKENIZER.encode(text)) == Answer(kept, count, True)
+    tokens = TOKENIZER.encode("ab")
+    assert endings.answer([*tokens, 0, *TOKENIZER.encode("c stop")]) == Answer("ab", 2, True)
+    assert endings.answer(tokens) == Answer("ab", 2, False)
 
 
 def test_an_answer_ends_with_the_token_that_completes_a_stop_text():

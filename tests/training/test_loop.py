@@ -224,15 +224,23 @@ def test_the_best_score_is_saved_and_marked_and_patience_counts_from_it(
     assert left.bad_validations == len(scores) - best[-1]
 
 
-def test_a_validation_that_was_cut_short_is_made_first_and_its_checkpoint_saved_again():
+@pytest.mark.parametrize(
+    ("bad", "reason", "events"),
+    [
+        (0, "finished", ["validate", "save 3", "validate", "save 4", "best 4"]),
+        (1, "patience", ["validate", "save 3"]),
+    ],
+)
+def test_a_validation_that_was_cut_short_is_made_first_and_its_checkpoint_saved_again(
+    bad: int, reason: str, events: list[str]
+):
     model, watching = intervened(), Watching()
     loop = trainer(model, watching, scores=iter([0.5, 0.9]), **SCORED | {"max_steps": 4, "patience": 2})
-    known = Progress(step=3, best_score=0.8, best_step=2, bad_validations=0, validation_is_due=True)
+    known = Progress(step=3, best_score=0.8, best_step=2, bad_validations=bad, validation_is_due=True)
     loop.resume(known, {"rng.cpu": torch.get_rng_state()})
     with model:
-        assert loop.run({}) == "finished"
-    assert watching.events == ["validate", "save 3", "validate", "save 4", "best 4"]
-    assert not loop.progress.validation_is_due
+        assert loop.run({}) == reason
+    assert watching.events == events and not loop.progress.validation_is_due
 
 
 def test_the_float16_loss_scale_is_saved_and_resumed(monkeypatch: pytest.MonkeyPatch):
