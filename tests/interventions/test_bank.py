@@ -315,7 +315,7 @@ def test_frozen_banks_cost_no_gradients():
     h = states().requires_grad_()
     bank.delta(0, h).sum().backward()
     assert h.grad is not None
-    assert not bank._leaves.pending
+    assert not bank._leaves.pending and not bank.leaves()
     bank.backpropagate()
 
 
