@@ -229,6 +229,7 @@ def test_undecayed():
 
 
 def test_a_rank_that_does_not_fit():
+    assert make("loreft", rank=24).rank == 24
     with pytest.raises(SpecError, match="25 is more than the 24 dimensions"):
         make("loreft", rank=25)
     with pytest.raises(SpecError, match="loreft needs one"):
