@@ -84,13 +84,18 @@ def known_keys(section: type[Section] = Spec, above: tuple[str, ...] = ()) -> tu
     return tuple(keys)
 
 
-@cache
-def keys_in(path: KeyPath) -> tuple[str, ...]:
-    """The keys that can stand in a section; none if it is no section."""
+def branches_at(path: KeyPath) -> list[Branch]:
+    """The types that the key at a path takes; none if there is no such key."""
     found = [Branch(Spec)]
     for part in path:
         found = [inner for branch in found for inner in branch.inside(part)]
-    return tuple(name for branch in found if branch.section for name in branch.section.model_fields)
+    return found
+
+
+@cache
+def keys_in(path: KeyPath) -> tuple[str, ...]:
+    """The keys that can stand in a section; none if it is no section."""
+    return tuple(name for branch in branches_at(path) if branch.section for name in branch.section.model_fields)
 
 
 def options(found: list[Branch]) -> list[str]:

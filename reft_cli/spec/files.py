@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
-        raise SpecError(here.problem(*missing(path))) from None
+        raise SpecError(here.problem(_missing(path))) from None
     except IsADirectoryError:
         raise SpecError(here.problem(_folder(path))) from None
     except OSError as error:
@@ -38,13 +38,13 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def missing(path: Path) -> tuple[str]:
+def _missing(path: Path) -> str:
     """What to say about a file that is not there, with its nearest neighbour."""
     if not path.parent.is_dir():
-        return (f"no such file; there is no folder {path.parent}",)
+        return f"no such file; there is no folder {path.parent}"
     specs = _specs_in(path.parent)
     near = get_close_matches(path.name, specs, 1, 0.7) or [name for name in specs if Path(name).stem == path.stem]
-    return (f"no such file; did you mean `{path.parent / near[0]}`?" if near else "no such file",)
+    return f"no such file; did you mean `{path.parent / near[0]}`?" if near else "no such file"
 
 
 def _folder(path: Path) -> str:

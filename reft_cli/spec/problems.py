@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from reft_cli.errors import Problem
 from reft_cli.spec.base import Conflict
-from reft_cli.spec.fields import Branch, in_words, keys_in, options
+from reft_cli.spec.fields import Branch, branches_at, in_words, keys_in, options
 from reft_cli.spec.names import nearest_keys, remark_on
 from reft_cli.spec.quoting import KeyPath, dotted, listed, printable, yaml_inline
 from reft_cli.spec.scalars import read_scalar
@@ -135,16 +135,9 @@ def _required(path: KeyPath) -> bool:
     *above, last = path
     return any(
         branch.section.model_fields[str(last)].is_required()
-        for branch in _branches_at(tuple(above))
+        for branch in branches_at(tuple(above))
         if branch.section and last in branch.section.model_fields
     )
-
-
-def _branches_at(path: KeyPath) -> list[Branch]:
-    found = [Branch(Spec)]
-    for part in path:
-        found = [inner for branch in found for inner in branch.inside(part)]
-    return found
 
 
 def _locate(error: ErrorDetails, root: Node) -> _Found | None:
@@ -256,7 +249,7 @@ def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
 
 def _missing(path: KeyPath) -> str:
     *above, last = path
-    sections = [branch.section for branch in _branches_at(tuple(above)) if branch.section]
+    sections = [branch.section for branch in branches_at(tuple(above)) if branch.section]
     text = " ".join((sections[0].model_fields[str(last)].description or "").split())
     return f"missing; {text[:1].lower()}{text[1:].rstrip('.')}"
 
