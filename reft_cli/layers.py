@@ -1,9 +1,10 @@
-"""Which blocks are edited: `all`, a list, or text such as `0-15/2` and `4;6;10`."""
+"""Which blocks are edited, `all`, a list, or text such as `0-15/2` and `4;6;10`; and where in a block, by name."""
 
 from __future__ import annotations
 
 import re
 
+COMPONENTS = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
 RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 
 

@@ -48,9 +48,9 @@ from reft_cli.generation.decode import requests_of
 from reft_cli.generation.settings import Decoding
 from reft_cli.generation.whole import PassEdits, config_of, edits_while_generating
 from reft_cli.interventions import METHODS
+from reft_cli.layers import COMPONENTS
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
-from reft_cli.models.sites import COMPONENTS
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import Positions
 from reft_cli.runs.assemble import build_from_checkpoint, describe_base

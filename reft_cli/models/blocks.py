@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from reft_cli.errors import ModelError
-from reft_cli.layers import parse_layers
+from reft_cli.layers import COMPONENTS, parse_layers
 from reft_cli.models.placement import entry_device
-from reft_cli.models.sites import COMPONENTS
 
 # component -> paths inside a block, most specific first; the first one that exists is taken
 PATHS: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ from reft_cli.models.blocks import Target, find_blocks, find_target, hidden_outp
 from reft_cli.models.stacked import Member
 
 Linear: TypeAlias = nn.Linear | Conv1D  # Conv1D keeps its weight as [in, out]
-COMPONENTS = ("mlp_output", "attention_output")
+EXACT_AT = ("mlp_output", "attention_output")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -75,7 +75,7 @@ def find_merge(model: PreTrainedModel, member: Member) -> Merge | None:
     """A member's merge; None where its weights would not be exact: other positions, components or modules."""
     if any(group.part != "all" for group in member.groups) or len(member.groups) != 1:
         return None
-    if any(site.component not in COMPONENTS for site in member.sites):
+    if any(site.component not in EXACT_AT for site in member.sites):
         return None
     blocks = find_blocks(model)
     targets = [find_target(blocks, site.layer, site.component) for site in member.sites]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from reft_cli.positions import PositionGroup
 
-COMPONENTS = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
-
 
 @dataclass(frozen=True)
 class Site:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from reft_cli.kinds import ANSWERED, PAIRED, WRITING
-from reft_cli.layers import parse_layers
+from reft_cli.layers import COMPONENTS, parse_layers
 from reft_cli.positions import Positions
 from reft_cli.spec.base import Conflict, Fraction, PositiveInt, Section, Words
 from reft_cli.spec.data import DataSpec, TemplateSpec
@@ -29,7 +29,6 @@ RunName = Annotated[
     Words("a name of letters, digits and . _ - that starts with a letter or digit"),
 ]
 Method = Literal["loreft", "noreft", "direft", "direft_orthogonal", "consreft", "lobireft", "red"]
-COMPONENTS = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
 
 
 class ModelSpec(Section):

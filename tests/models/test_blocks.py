@@ -7,8 +7,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from reft_cli.errors import ModelError
+from reft_cli.layers import COMPONENTS
 from reft_cli.models.blocks import find_blocks, find_target, select_layers, target_width
-from reft_cli.models.sites import COMPONENTS
 from tiny_models import DECODERS, ENCODERS, base_of
 
 FAMILIES = [*DECODERS, *ENCODERS]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from reft_cli.errors import ModelError
+from reft_cli.layers import COMPONENTS
 from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
-from reft_cli.models.sites import COMPONENTS
 from reft_cli.positions import Positions
 from tiny_models import DECODERS, ENCODERS, base_of
 
