@@ -5,11 +5,13 @@ The blocks are the model's one list of equal modules; what stands in them is kno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from reft_cli.errors import ModelError
 from reft_cli.layers import COMPONENTS, parse_layers
@@ -197,3 +199,25 @@ def hidden_output(output: object) -> Tensor:
     h = output[0] if isinstance(output, tuple) else output
     assert isinstance(h, Tensor), "the first output of a hooked module is its hidden states"
     return h
+
+
+def hook_target(target: Target, edit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """From now on the hidden states at a target are what `edit` makes of them; None leaves them as they are."""
+
+    def at_output(_: nn.Module, __: object, output: object) -> object:
+        edited = edit(hidden_output(output))
+        if edited is None:
+            return None
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def at_input(
+        _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        edited = edit(hidden_input(args, kwargs))
+        if edited is None:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
+
+    if target.end == "output":
+        return target.module.register_forward_hook(at_output)
+    return target.module.register_forward_pre_hook(at_input, with_kwargs=True)

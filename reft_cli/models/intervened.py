@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from reft_cli.errors import ModelError
 from reft_cli.interventions.bank import Bank
 from reft_cli.models.attention import PACKED, attending
-from reft_cli.models.blocks import Blocks, Target, find_target, hidden_input, hidden_output, hidden_size, norms_behind
+from reft_cli.models.blocks import Blocks, find_target, hidden_output, hidden_size, hook_target, norms_behind
 from reft_cli.models.compiling import compilable_parts, compiling
 from reft_cli.models.editing import RowEditor
 from reft_cli.models.frozen import FrozenBlocks
@@ -63,7 +63,7 @@ class IntervenedModel(nn.Module):
         """Register the hooks, in the order of the sites."""
         assert not self._handles, "the hooks are registered already"
         for index, (site, target) in enumerate(zip(self.sites, self._targets, strict=True)):
-            self._handles.append(self._hook(index, site, target))
+            self._handles.append(hook_target(target, self._editor(index, site.group)))
         unembedding = self.base_model.get_output_embeddings()  # type: ignore[operator]
         if unembedding is not None:
             self._handles.append(unembedding.register_forward_pre_hook(self._keep_answer_rows))
@@ -79,28 +79,12 @@ class IntervenedModel(nn.Module):
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, index: int, site: Site, target: Target) -> torch.utils.hooks.RemovableHandle:
-        if target.end == "output":
+    def _editor(self, index: int, group: str) -> Callable[[Tensor], Tensor | None]:
+        def edit(h: Tensor) -> Tensor | None:
+            rows = None if self._rows is None else self._rows.get(group)
+            return None if rows is None else self._edit(h, rows, index)
 
-            def edit_output(_: nn.Module, __: object, output: object) -> object:
-                rows = self._rows_of(site)
-                if rows is None:
-                    return None
-                edited = self._edit(hidden_output(output), rows, index)
-                return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-            return target.module.register_forward_hook(edit_output)
-
-        def edit_input(
-            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-        ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-            rows = self._rows_of(site)
-            if rows is None:
-                return None
-            edited = self._edit(hidden_input(args, kwargs), rows, index)
-            return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
-
-        return target.module.register_forward_pre_hook(edit_input, with_kwargs=True)
+        return edit
 
     @cached_property
     def linear_head(self) -> nn.Linear | None:
@@ -119,9 +103,6 @@ class IntervenedModel(nn.Module):
             return None
         edited = {target.module for target in self._targets}
         return None if edited & set(mlp.modules()) else mlp
-
-    def _rows_of(self, site: Site) -> Tensor | None:
-        return None if self._rows is None else self._rows.get(site.group)
 
     def _keep_answer_rows(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._answer_rows is None:

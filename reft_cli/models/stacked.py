@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reft_cli.interventions.folded import Folded, FoldedDiagonal, FoldedLowRank
-from reft_cli.models.blocks import Blocks, Target, find_blocks, find_target, hidden_input, hidden_output
+from reft_cli.models.blocks import Blocks, Target, find_blocks, find_target, hook_target
 from reft_cli.models.compiling import Options, compiled
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.sites import Site
@@ -201,11 +201,7 @@ class Stack:
         """Inside, passes of the base model are edited as `live` says."""
         with ExitStack() as hooks:
             for target, place in self._places:
-                module, edit = target.module, self._editor(place)
-                if target.end == "output":
-                    hooks.enter_context(module.register_forward_hook(_output_hook(edit)))
-                else:
-                    hooks.enter_context(module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True))
+                hooks.enter_context(hook_target(target, self._editor(place)))
             try:
                 yield
             finally:
@@ -229,27 +225,3 @@ class Stack:
             return here.edited(h, live, alone=one and live.rows is not None, edit=self._edit)
 
         return edit
-
-
-def _output_hook(edit: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, object, object], object]:
-    def hook(_: nn.Module, __: object, output: object) -> object:
-        edited = edit(hidden_output(output))
-        if edited is None:
-            return None
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    return hook
-
-
-def _input_hook(
-    edit: Callable[[Tensor], Tensor | None],
-) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], tuple[tuple[object, ...], dict[str, object]] | None]:
-    def hook(
-        _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-        edited = edit(hidden_input(args, kwargs))
-        if edited is None:
-            return None
-        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
-
-    return hook
