@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from reft_cli import __version__
-from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity, Manifest
+from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity
 from reft_cli.data.fitting import check_fits
 from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator, References
@@ -257,11 +257,6 @@ def _rule_of(text: TextSide) -> Rule | None:
 def token_budget(device: torch.device) -> int:
     """Tokens in one training pass on this kind of device."""
     return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
-
-
-def manifest_positions(manifest: Manifest) -> Positions:
-    """The edited positions of a checkpoint."""
-    return Positions.parse(manifest.intervention.positions)
 
 
 def summary_of(decoding: Decoding) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseSource, load_tokenizer
 from reft_cli.parallel.collective import size
 from reft_cli.runfolder import Found, find
-from reft_cli.runs.assemble import build_from_checkpoint, load_base, manifest_positions, merge_generation, token_budget
+from reft_cli.runs.assemble import build_from_checkpoint, load_base, merge_generation, token_budget
 from reft_cli.runs.texts import TextSide, text_side_of
 from reft_cli.spec.quoting import printable
 from reft_cli.tasks.objectives import predict
@@ -193,7 +193,7 @@ def open_run(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = load_tokenizer(source)
-    text = text_side_of(stored.manifest.text, tokenizer=tokenizer, positions=manifest_positions(stored.manifest))
+    text = text_side_of(stored.manifest, tokenizer=tokenizer)
     loaded = load_base(source, text, seed=0)
     return Session(found, stored, build_from_checkpoint(loaded, stored), text)
 

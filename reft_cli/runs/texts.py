@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from reft_cli.checkpoint import TextIdentity
+from reft_cli.checkpoint import Manifest, TextIdentity
 from reft_cli.data.cache import Tell, cached, silent
 from reft_cli.data.encode import Encoded, Overflow, encode_examples, encode_prompts, fingerprint
 from reft_cli.data.examples import Example
@@ -112,8 +112,9 @@ class TextSide:
         )
 
 
-def text_side_of(stored: TextIdentity, *, tokenizer: PreTrainedTokenizerBase, positions: Positions) -> TextSide:
+def text_side_of(manifest: Manifest, *, tokenizer: PreTrainedTokenizerBase) -> TextSide:
     """The text side that a checkpoint was trained with. CheckpointError: its format or template cannot be."""
+    stored = manifest.text
     try:
         data_format, template = format_from_dict(stored.format), template_from_dict(stored.template)
         assert template.prompt_fields is not None  # parses the placeholders
@@ -125,7 +126,7 @@ def text_side_of(stored: TextIdentity, *, tokenizer: PreTrainedTokenizerBase, po
         data_format=data_format,
         template=template,
         kind=stored.kind,
-        positions=positions,
+        positions=Positions.parse(manifest.intervention.positions),
         append_eos=stored.append_eos,
         max_length=stored.max_length,
         on_overflow=stored.on_overflow,

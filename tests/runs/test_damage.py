@@ -25,7 +25,7 @@ from reft_cli.cli.app import main
 from reft_cli.errors import ReftError, exit_code
 from reft_cli.models.loading import BaseModel, BaseSource, load_causal_lm, load_tokenizer
 from reft_cli.runfolder import RunFolder, find, step_of
-from reft_cli.runs.assemble import build_from_checkpoint, build_from_spec, manifest_positions
+from reft_cli.runs.assemble import build_from_checkpoint, build_from_spec
 from reft_cli.runs.resuming import check_same_run, starting_point
 from reft_cli.runs.texts import text_side_of
 from reft_cli.spec.load import LoadedSpec
@@ -63,7 +63,7 @@ class World:
         folder = RunFolder(run)
         folder.status(), folder.scores(), folder.evaluations()
         stored = read_checkpoint(find(run).checkpoint)
-        text_side_of(stored.manifest.text, tokenizer=self.tokenizer, positions=manifest_positions(stored.manifest))
+        text_side_of(stored.manifest, tokenizer=self.tokenizer)
         build_from_checkpoint(self.base, stored)
         check_same_run(folder, self.spec.spec, {}, NullObserver())
         starting_point(folder, "last")  # which may take an older one

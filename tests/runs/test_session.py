@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from reft_cli import runs
 from reft_cli.checkpoint import Checkpoint, read_checkpoint
 from reft_cli.errors import CheckpointError, DataError, ModelError, SpecError
-from reft_cli.positions import Positions
 from reft_cli.runs.assemble import build_from_checkpoint, load_trainables, merge_generation
 from reft_cli.runs.texts import text_side_of
 from reft_cli.spec.load import LoadedSpec
@@ -154,9 +153,10 @@ def test_tensors_that_do_not_fit_change_nothing(run: Path, name: str, tensor: to
     ],
 )
 def test_a_text_side_that_cannot_be(run: Path, stored: dict[str, Any]):
-    text = read_checkpoint(run / "best").manifest.text.model_copy(update=stored)
+    manifest = read_checkpoint(run / "best").manifest
+    odd = manifest.model_copy(update={"text": manifest.text.model_copy(update=stored)})
     with pytest.raises(CheckpointError, match="format or template is not one of reft's") as caught:
-        text_side_of(text, tokenizer=byte_tokenizer(), positions=Positions.parse("f1"))
+        text_side_of(odd, tokenizer=byte_tokenizer())
     assert str(caught.value).isprintable()
 
 
