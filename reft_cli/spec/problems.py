@@ -99,7 +99,7 @@ def validate(root: Node, *, problems: list[Problem]) -> Spec | None:
             if not (_known(item.path, faulty) or any(_known(key, faulty) for key in item.keys)):
                 problems.append(_problem(item, root))
             faulty.add(item.path)
-            _take_out(tree, item.path, needed=not item.unknown and not _node_at(root, item.path))
+            _take_out(tree, item.path, needed=not item.unknown and not root.find(item.path))
 
 
 def _broken(node: Node, path: KeyPath = ()) -> Iterator[KeyPath]:
@@ -159,7 +159,7 @@ def _locate(error: ErrorDetails, root: Node) -> _Found | None:
     cause = error.get("ctx", {}).get("error")
     keys = tuple((*path, *_parts(key)) for key in cause.keys) if isinstance(cause, Conflict) else ()
     if keys:
-        there = [(key, node) for key in keys if (node := _node_at(root, key))]
+        there = [(key, node) for key in keys if (node := root.find(key))]
         path = next((key for key, node in there if not node.at.suite), there[0][0] if there else keys[0])
     return _Found(path, tuple(wanted), error, keys)
 
@@ -193,14 +193,7 @@ def _label(branch: Branch) -> str:
 
 def _absent(root: Node, path: KeyPath) -> KeyPath | None:
     """The part of a path down to where nothing is any more; None if all of it is there."""
-    return next((path[:end] for end in range(1, len(path) + 1) if not _node_at(root, path[:end])), None)
-
-
-def _node_at(root: Node, path: KeyPath) -> Node | None:
-    node: Node | None = root
-    for part in path:
-        node = node.child(part) if node else None
-    return node
+    return next((path[:end] for end in range(1, len(path) + 1) if not root.find(path[:end])), None)
 
 
 def _nearest(root: Node, path: KeyPath) -> Node:
@@ -233,7 +226,7 @@ def _problem(item: _Found, root: Node) -> Problem:
 
 def _of_a_suite(item: _Found, root: Node) -> str | None:
     """How to get rid of a suite's value that excludes one of the user's."""
-    there = [(key, node) for key in item.keys if (node := _node_at(root, key)) and node.at.suite]
+    there = [(key, node) for key in item.keys if (node := root.find(key)) and node.at.suite]
     return f"{dotted(there[0][0])} is of {there[0][1].at.suite}; write another, or null" if there else None
 
 

@@ -45,8 +45,7 @@ def over_suite(root: Node, *, problems: list[Problem]) -> tuple[Node, Preset | N
 
 
 def _no_recipe(root: Node, suite: Suite, method: str) -> Problem:
-    node = root.child("task")
-    node = node.child("recipe") if node else None
+    node = root.find(("task", "recipe"))
     assert node is not None, "a recipe that is not there cannot be wrong"
     known = [each.name for each in suite.recipes_of(method)]
     there = f"write {listed(known)}" if known else "there is none; remove it"
@@ -81,7 +80,7 @@ def _node(value: Any, here: Origin) -> Node:  # noqa: ANN401  a plain value
 def _less_replaced(base: Node, root: Node) -> Node:
     """The suite's tree without the mappings that the user's take the place of."""
     for path, keys in WHOLE.items():
-        user = _at(root, path)
+        user = root.find(path)
         if user is not None and isinstance(user.value, dict) and any(key in user.value for key in keys):
             base = _changed(base, path, lambda node: Node({}, node.at, node.start))
     if _value(root, "data", "format") is not None:  # columns have the names of a format
@@ -92,7 +91,7 @@ def _less_replaced(base: Node, root: Node) -> Node:
 def _in_each_source(base: Node, root: Node) -> Node:
     """The user's tree with keys of a source written into each of the suite's sources, where those are several."""
     for path in SOURCES:
-        several = _at(base, path)
+        several = base.find(path)
         if several is not None and isinstance(several.value, list):
             items = several.value
 
@@ -102,14 +101,6 @@ def _in_each_source(base: Node, root: Node) -> Node:
 
             root = _changed(root, path, spread)
     return root
-
-
-def _at(root: Node, path: tuple[str, ...]) -> Node | None:
-    """The node at `path`, if there is one."""
-    found: Node | None = root
-    for part in path:
-        found = found.child(part) if found is not None else None
-    return found
 
 
 def _changed(root: Node, path: tuple[str, ...], change: Callable[[Node], Node]) -> Node:
@@ -123,5 +114,5 @@ def _changed(root: Node, path: tuple[str, ...], change: Callable[[Node], Node]) 
 
 
 def _value(root: Node, section: str, key: str) -> Any:  # noqa: ANN401  whatever the file held
-    found = _at(root, (section, key))
+    found = root.find((section, key))
     return found.value if found and not found.broken else None

@@ -69,6 +69,13 @@ class Node:
             return self.value[part]
         return None
 
+    def find(self, path: KeyPath) -> Node | None:
+        """The value at a path, if there is one."""
+        found: Node | None = self
+        for part in path:
+            found = found.child(part) if found is not None else None
+        return found
+
     def plain_value(self) -> Any:  # noqa: ANN401  whatever the file held
         """The value as dicts, lists and scalars; broken ones are left out."""
         if isinstance(self.value, dict):
