@@ -34,6 +34,7 @@ from reft_cli.reading import read_bytes, read_json
 from reft_cli.spec.quoting import printable
 from reft_cli.spec.schema import GenerationSpec, Method
 from reft_cli.spec.task import ExtractionSpec, RuleName
+from reft_cli.writing import json_text, sync_folder, write_synced
 
 FORMAT: Literal[1] = 1
 TENSORS, MANIFEST = "interventions.safetensors", "reft.json"
@@ -190,10 +191,10 @@ def write_checkpoint(
     try:
         new.mkdir(parents=True)
         for name, data in _files(tensors, manifest, training).items():
-            _write(new / name, data)
-        _sync(new)
+            write_synced(new / name, data)
+        sync_folder(new)
         _replace(path, new, old)
-        _sync(path.parent)
+        sync_folder(path.parent)
     finally:
         _remove(new, old)
 
@@ -230,7 +231,7 @@ def _files(
     state = {"progress": progress, "sha256": _training_digest(progress, moments, Manifest(**fields))}
     return {
         TENSORS: data,
-        MANIFEST: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(),
+        MANIFEST: json_text(fields).encode(),
         TRAINING_TENSORS: moments,
         TRAINING_STATE: (json.dumps(state, indent=2) + "\n").encode(),
     }
@@ -252,21 +253,6 @@ def _manifest_digest(fields: dict[str, Any]) -> str:
 def _training_digest(progress: object, moments: bytes, manifest: Manifest) -> str:
     """Ties a training state to the weights that it was written with."""
     return _digest(manifest.sha256.manifest.encode(), json.dumps(progress, sort_keys=True).encode(), moments)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

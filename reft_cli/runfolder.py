@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import re
 import shutil
@@ -24,6 +22,7 @@ from reft_cli import modelcard
 from reft_cli.environment import blotted, git_state, versions
 from reft_cli.errors import MACHINE_FAULTS, CheckpointError, SpecError, reason_of
 from reft_cli.reading import LARGEST_LOG, Moment, check_kinds, parse_json, read_json, read_text, read_yaml
+from reft_cli.writing import json_line, json_text, write_atomic
 
 Link = Literal["best", "last"]
 Status = Literal["running", "done", "failed", "interrupted"]
@@ -220,14 +219,14 @@ class RunFolder:
         return found
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        write_atomic(self.record, blotted(json.dumps(finite(record), indent=2, ensure_ascii=False)) + "\n")
+        write_atomic(self.record, blotted(json_text(record)))
 
     # ---- metrics.jsonl
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line, on disk when this returns; NaN and infinity become null."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
+            file.write(json_line(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines; a last one that a kill tore is left out."""
@@ -254,7 +253,7 @@ class RunFolder:
             )
 
         kept = [line for line in self.read_metrics() if stays(line)]
-        write_atomic(self.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        write_atomic(self.metrics, "".join(map(json_line, kept)))
 
     # ---- checkpoints
 
@@ -444,23 +443,6 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old text or the new one and never a part."""
-    new = path.with_name(f".{path.name}.tmp")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)  # a full disk needs the room
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def _take_lock(descriptor: int) -> int | None:
     """The descriptor, now locked; None, and it is closed, if another process holds the lock."""
     import fcntl
@@ -475,14 +457,3 @@ def _take_lock(descriptor: int) -> int | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def finite(value: Any) -> Any:  # noqa: ANN401  any JSON value
-    """The same value with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value

@@ -355,7 +355,7 @@ def test_what_is_no_folder(path: Path, name: str):
 # ---- writing
 
 
-@pytest.mark.parametrize("broken", ["_write", "_sync", "_replace"])
+@pytest.mark.parametrize("broken", ["write_synced", "sync_folder", "_replace"])
 @pytest.mark.parametrize("calls", [1, 2, 4])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_write_that_fails_leaves_what_was_there(
@@ -372,12 +372,12 @@ def test_a_write_that_fails_leaves_what_was_there(
         inner(*given)
 
     monkeypatch.setattr(checkpoint, broken, full)
-    if left[0] > {"_write": 4, "_sync": 2, "_replace": 1}[broken]:
+    if left[0] > {"write_synced": 4, "sync_folder": 2, "_replace": 1}[broken]:
         write(path, seed=1)
         return
     with pytest.raises(OSError, match="No space left on device"):
         write(path, seed=1)
-    if broken == "_sync" and calls == 2:  # the new one was in place already
+    if broken == "sync_folder" and calls == 2:  # the new one was in place already
         assert read_all(path) != before
     else:
         assert (contents(path) if path.exists() else {}) == before

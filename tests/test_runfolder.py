@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from reft_cli.errors import CheckpointError, SpecError
-from reft_cli.runfolder import RunFolder, find, runs_in, step_of, write_atomic
+from reft_cli.runfolder import RunFolder, find, runs_in, step_of
 
 SPEC = "model: bundled:tiny-llama  # as written\n"
 
@@ -256,19 +256,6 @@ def test_a_damaged_record_is_an_error_in_words(tmp_path, text, said):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=said):
         RunFolder(tmp_path).read()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "run.json"
-    write_atomic(file, "old")
-
-    def full(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(file, "new")
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
 # ---- metrics.jsonl

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "reft_cli"
 ROWS = (
     {"errors"},
-    {"positions", "layers", "bundled", "environment", "modelcard", "suites", "parallel", "reading", "kinds"},
+    {"positions", "layers", "bundled", "environment", "modelcard", "suites", "parallel", "reading", "writing", "kinds"},
     {"spec", "interventions"},
     {"models"},
     {"checkpoint", "data", "runfolder"},

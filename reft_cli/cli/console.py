@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from reft_cli.environment import blotted
 from reft_cli.errors import ReftError, exit_code
 from reft_cli.parallel.world import is_ours
+from reft_cli.writing import finite
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -131,8 +132,6 @@ def json_line(value: Any, *, encoding: str | None) -> str:  # noqa: ANN401  any 
 
     Letters stand as they are unless the encoding lacks one, as it does half of a surrogate pair; then all are escaped.
     """
-    from reft_cli.runfolder import finite
-
     value = finite(value)
     line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
     try:

@@ -22,13 +22,14 @@ from reft_cli.generation.decode import requests_of
 from reft_cli.generation.settings import Decoding
 from reft_cli.parallel.collective import from_first, is_first, joined
 from reft_cli.reading import read_json
-from reft_cli.runfolder import RunFolder, finite, write_atomic
+from reft_cli.runfolder import RunFolder
 from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
 from reft_cli.runs.resuming import begun_with
 from reft_cli.runs.session import Session, open_run
 from reft_cli.runs.sources import names_a_split, rows_of
 from reft_cli.runs.texts import without_answers
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
+from reft_cli.writing import json_line, json_text, write_atomic
 
 Base = Literal["none", "compare", "only"]
 SAMPLE = ("row", "prompt", "reference", "rejected")  # what is kept of a sample besides predictions
@@ -253,9 +254,8 @@ def _keep(
             if "answer" in result.samples[index]:
                 line["answer" if which == "run" else "base_answer"] = result.samples[index]["answer"]
         samples.append(line)
-    lines = "".join(json.dumps(finite(sample), ensure_ascii=False) + "\n" for sample in samples)
-    write_atomic(run.evaluation(name, suffix=".samples.jsonl"), lines)
+    write_atomic(run.evaluation(name, suffix=".samples.jsonl"), "".join(map(json_line, samples)))
     kept = replace(report, path=path)
     facts = facts | {"versions": versions()}
-    write_atomic(path, json.dumps(finite(kept.to_dict() | facts), indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json_text(kept.to_dict() | facts))
     return kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import sys
 import time
@@ -18,12 +17,13 @@ from typing import Any
 from reft_cli.environment import git_state
 from reft_cli.errors import DataError, SpecError, first_line
 from reft_cli.evaluation.requests import Requests
-from reft_cli.runfolder import RunFolder, finite, write_atomic
+from reft_cli.runfolder import RunFolder
 from reft_cli.runs.assemble import merge_generation
 from reft_cli.runs.evaluate import PASSES, Base, EvalReport
 from reft_cli.runs.session import Session, open_run
 from reft_cli.spec.quoting import printable
 from reft_cli.training.observer import EvaluationRecord, Observer
+from reft_cli.writing import json_text, write_atomic
 
 NEEDED = "lm_eval"
 INSTALL = "--tasks needs lm-eval: pip install 'reft[eval]'"
@@ -221,7 +221,7 @@ def _keep(
     kept = replace(report, path=path)
     facts = {which: results["config"]["reft"] for which, results in found.items()}
     record = kept.to_dict() | {"files": files, "lm_eval": facts}
-    write_atomic(path, json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json_text(record))
     return kept
 
 

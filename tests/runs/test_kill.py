@@ -81,7 +81,7 @@ def child(spec: Path, run: Path, *, resume: str | None, fault: Fault, slow: floa
             time.sleep(slow)
 
     if fault.kind == "half":
-        checkpoint._write = halved(int(fault.when))
+        checkpoint.write_synced = halved(int(fault.when))
     if fault.kind == "short":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.when), resource.RLIM_INFINITY))
@@ -98,8 +98,8 @@ def child(spec: Path, run: Path, *, resume: str | None, fault: Fault, slow: floa
 
 
 def halved(call: int) -> Callable[[Path, bytes], None]:
-    """checkpoint._write that kills its process in the middle of a call."""
-    inner, left = checkpoint._write, [call]
+    """write_synced that kills its process in the middle of a call."""
+    inner, left = checkpoint.write_synced, [call]
 
     def write(path: Path, data: bytes) -> None:
         left[0] -= 1

@@ -432,7 +432,7 @@ def test_nothing_is_loaded_for_a_folder_that_is_in_the_way(
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int
 ):
-    spec, inner, left = make_spec("checkpoint.every=2", "checkpoint.keep=9"), checkpoint._write, [4 + file]
+    spec, inner, left = make_spec("checkpoint.every=2", "checkpoint.keep=9"), checkpoint.write_synced, [4 + file]
 
     def full(path: Path, data: bytes) -> None:
         left[0] -= 1
@@ -444,7 +444,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
     whole = train(spec, tmp_path / "whole").run
     run = tmp_path / "run"
     with monkeypatch.context() as patched, pytest.raises(ReftError) as caught:
-        patched.setattr(checkpoint, "_write", full)
+        patched.setattr(checkpoint, "write_synced", full)
         train(spec, run)
     message = f"{run}: no space left on device. Put that right and go on with --resume."
     assert (type(caught.value), str(caught.value), caught.value.code) == (ReftError, message, 1)
