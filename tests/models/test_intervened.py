@@ -171,3 +171,10 @@ def test_checkpointing_adds_no_gradient_below_the_lowest_edited_layer():
     model.checkpoint_activations(False)
     model.eval()
     assert seen == [False]
+
+
+def test_a_token_costs_four_operations_a_weight_above_the_lowest_edit_and_two_below():
+    """Of all weights but the embedding's, by the share of blocks that have a backward pass."""
+    weights = sum(each.numel() for each in base_of("llama").model.parameters()) - 300 * 32
+    for layers, expected in (("all", 4), ("1;2", 2 + 4 / 3), ("2", 2 + 2 / 3)):
+        assert intervened(layers=layers).operations_a_token() == pytest.approx(expected * weights)
