@@ -50,3 +50,25 @@ def test_hidden_states_that_take_no_gradient_get_none():
     RowEditor(bank)(torch.randn(B, T, D), ROWS, 0).sum().backward()
     bank.backpropagate()
     assert bank.source_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dropout_on", ["delta", "output"])
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_takes_numbers_of_the_edit_or_of_the_edited_row_and_doubles_the_others(method: str, dropout_on: str):
+    bank = build_bank(
+        method, sites=2, width=D, rank=None if method == "red" else 3, init="paper", dropout=0.5, dropout_on=dropout_on,
+        generator=torch.Generator().manual_seed(0),
+    ).train()  # fmt: skip
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter += torch.rand_like(parameter)
+    torch.manual_seed(1)
+    h = torch.randn(B, T, D)
+    before, delta = h.view(-1, D)[ROWS], bank.fold().delta(1, h.view(-1, D)[ROWS])
+    bank.refresh()
+    edited = RowEditor(bank)(h, ROWS, 1).detach().view(-1, D)
+    kept, dropped = (before + 2 * delta, before) if dropout_on == "delta" else (2 * (before + delta), 0 * before)
+    is_kept, is_dropped = (torch.isclose(edited[ROWS], each, rtol=1e-4, atol=1e-5) for each in (kept, dropped))
+    assert (is_kept ^ is_dropped).all() and 5 < is_kept.sum() < len(ROWS) * D - 5
+    others = [row for row in range(B * T) if row not in ROWS.tolist()]
+    assert torch.equal(edited[others], h.view(-1, D)[others])
