@@ -295,7 +295,7 @@ class RunFolder:
         return checkpoint if (checkpoint / CHECKPOINT_MARK).is_file() else None
 
     def select(self, which: str | None = None) -> Path:
-        """The checkpoint called `best`, `last` or by its step; without a name the best, else the last.
+        """The checkpoint called `best`, `last`, by its step or folder; without a name the best, else the last.
 
         CheckpointError names those that there are.
         """
@@ -307,8 +307,8 @@ class RunFolder:
         if which == "last":
             return self.linked("last") or there[-1]
         found = self.linked("best") if which == "best" else None
-        if which.isdecimal():
-            found = next((p for p in there if step_of(p) == int(which)), None)
+        if (step := which.removeprefix("step_")).isdecimal():
+            found = next((p for p in there if step_of(p) == int(step)), None)
         if found is None:
             steps = ", ".join(str(step_of(p)) for p in there)
             raise CheckpointError(f"{self.path} has no checkpoint `{which}`; there are last and the steps {steps}")

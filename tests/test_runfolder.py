@@ -330,7 +330,7 @@ def test_selection(tmp_path):
     run.link("last", run.checkpoint(2))
     assert run.select() == run.select("last") == run.checkpoint(2)
     run.link("best", run.checkpoint(1))
-    assert run.select() == run.select("best") == run.select("1") == run.checkpoint(1)
+    assert run.select() == run.select("best") == run.select("1") == run.select("step_000001") == run.checkpoint(1)
     with pytest.raises(CheckpointError, match=r"no checkpoint `7`; there are last and the steps 1, 2, 3"):
         run.select("7")
 

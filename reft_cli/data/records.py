@@ -38,6 +38,10 @@ SEPARATORS = (";", "\t", "|")  # what some programs write between the columns of
 LONGEST_FIELD = 1 << 30  # characters in a CSV field; Python's own limit of 131,072 is shorter than some documents
 
 
+class NoSuchFile(DataError):
+    """There is nothing at a path."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from: a file, a folder, an https address, a hub id or `bundled:NAME/SPLIT`."""
@@ -211,6 +215,8 @@ def _read_folder(folder: Path, split: str, *, name: str) -> Rows:
         raise DataError(f"{name}: the folder has no split `{split}`; {there}")
     if len(files) > 1 and not all(re.search(r"-\d+-of-\d+$", file.stem) for file in files):
         raise DataError(f"{name}: split `{split}` is more than one file: {', '.join(f.name for f in files)}; name one")
+    if bundled.is_bundled(name):
+        return _read_files(files, name=f"{name}/{split}")
     return _read_files(files, name=str(files[0]) if len(files) == 1 else name)
 
 
@@ -399,15 +405,15 @@ def _decoded(content: bytes, place: str, *, first: bool) -> str:
         raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
 
 
-def _missing(given: str) -> DataError:
+def _missing(given: str) -> NoSuchFile:
     path = Path(os.path.expanduser(given))
     if not os.path.isdir(path.parent):
-        return DataError(f"{given}: no such file; there is no folder {path.parent}")
+        return NoSuchFile(f"{given}: no such file; there is no folder {path.parent}")
     there = sorted(file.name for file in path.parent.iterdir() if file.suffix in READERS or file.is_dir())
     near = get_close_matches(path.name, there, n=1)
     if near:
-        return DataError(f"{given}: no such file; did you mean `{path.parent / near[0]}`?")
-    return DataError(
+        return NoSuchFile(f"{given}: no such file; did you mean `{path.parent / near[0]}`?")
+    return NoSuchFile(
         f"{given or 'path'}: no such file; there is {', '.join(there[:8]) or 'no data file in its folder'}"
     )
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
-from reft_cli.data.records import Rows, Source, read_rows
+from reft_cli.data.records import NoSuchFile, Rows, Source, read_rows
 from reft_cli.environment import versions
-from reft_cli.errors import CheckpointError, SpecError
+from reft_cli.errors import CheckpointError, DataError, SpecError
 from reft_cli.evaluation.answers import answer_all, answer_store
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.generation.decode import requests_of
@@ -90,7 +90,8 @@ def evaluate(
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
         evaluator = _evaluator(session, decoding, batch_size=size, loss=loss)
         step = session.checkpoint.manifest.step
-        changed = _changed(decoding, merge_generation(session.checkpoint.manifest.generation, {})[0])
+        own, _ = merge_generation(session.checkpoint.manifest.generation, {})
+        changed = _changed(decoding, own) if evaluator.generates else []
         name = _file_name(_scored(data, split, encoded.name), step, base=base, limit=limit, changed=changed)
         if session.found.run is not None:
             name = from_first(partial(_kept_apart, session.found.run, name, encoded.name))
@@ -233,7 +234,12 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
     if data is None:
         if session.found.run is None:
             raise SpecError(f"{session.found.checkpoint} lies in no run folder, so its data are not known; give --data")
-        return rows_of(begun_with(session.found.run), split, limit=limit)
+        spec = begun_with(session.found.run)
+        try:
+            return rows_of(spec, split, limit=limit)
+        except NoSuchFile as error:
+            hint = "Paths of a run's spec count from where it was trained; go there, or give --data"
+            raise DataError(replace(error.problems[0], hint=hint)) from error
     return read_rows(Source(path=data, split=None if names_a_split(data) else split, limit=limit))
 
 

@@ -90,6 +90,10 @@ def test_places_are_lines_where_there_are_lines(tmp_path):
     assert [rows.where(0), rows.where(1)] == [f"{tmp_path}/rows.csv:2", f"{tmp_path}/rows.csv:4"]
 
 
+def test_a_bundled_split_has_one_name():
+    assert read_rows(Source("bundled:reviews", split="test", limit=1)).name == "bundled:reviews/test"
+
+
 def test_json_of_objects_with_one_list_and_json_lines_in_disguise(tmp_path):
     (tmp_path / "a.json").write_text('{"version": 1, "data": [{"a": 1}]}')
     (tmp_path / "b.json").write_text('{"a": 1}\n{"a": 2}\n')

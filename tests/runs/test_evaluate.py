@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_rows_that_were_held_out_are_those_of_training(trained: Trained):
     assert (len(held), len(learned)) == (6, 14)
     assert sorted(line["row"] for line in [*held, *learned]) == list(range(1, 21))
     assert samples(evaluate(run, split="validation", limit=2)) == held[:2]
+
+
+def test_a_run_that_was_trained_elsewhere(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = trained()
+    copy = shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    text = (copy / "resolved.yaml").read_text()
+    (copy / "resolved.yaml").write_text(re.sub(r"test: .*", "test: data/test.jsonl", text))
+    with pytest.raises(DataError, match=r"^data/test\.jsonl: no such file") as caught:
+        evaluate(copy)
+    hint = "Paths of a run's spec count from where it was trained; go there, or give --data"
+    assert caught.value.problems[0].hint == hint
+
+
+def test_the_settings_of_answers_do_not_name_what_a_head_says(trained: Trained):
+    run = trained(*CLASSES, "task.metric=null", "train.epochs=3")
+    assert evaluate(run, generation={"beams": 4}).path == evaluate(run).path
 
 
 def test_other_data_in_another_file(run: Path, data_dir: Path, tmp_path: Path):

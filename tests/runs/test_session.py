@@ -368,6 +368,8 @@ STORED = {"max_new_tokens": 64, "min_new_tokens": 5}
                 "--top-k: input should be greater than or equal to 0 (got -1)",
             ],
         ),
+        ({"top_p": 0.9, "temperature": 0}, ["--top-p: nothing is sampled at temperature 0; give --temperature too"]),
+        ({"top_k": 5}, ["--top-k: nothing is sampled at temperature 0; give --temperature too"]),
         ({"stop": [""]}, ["generation.stop: an empty text would end every answer at once; remove it"]),
         ({"batch_size": 0}, ["--batch-size: input should be greater than or equal to 1 (got 0)"]),
         ({"seed": "x"}, [f"--seed: x is not a whole number from 0 to {2**63 - 1}"]),
