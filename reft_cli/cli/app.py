@@ -1,7 +1,7 @@
 """The program `reft`: its commands, and the one place where an error becomes text and an exit code.
 
 0 done · 1 bug · 2 usage or spec · 3 data · 4 model or checkpoint · 5 out of memory · 6 diverged ·
-7 below --fail-under · 130 SIGINT · 141 nobody reads stdout any more · 143 SIGTERM.
+7 below --fail-under · 130 SIGINT · 137 a process was killed · 141 nobody reads stdout any more · 143 SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a row's columns mean: the five formats, and how a row becomes named fields.
+"""What a row's columns mean: the formats, and how a row becomes named fields.
 
 Fields are the row's columns with those that the format knows under the format's names. A template may use any of them.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,29 +205,25 @@ class Evaluator:
 
         rows = spread(examples, outputs_of, cost=tokens_of)
         metrics = {"loss": total(sum(losses)) / task.units(examples)}
+        found: list[Any]
+        wanted: list[Any]
+        score: Callable[[list[Any], list[Any]], float]
+        names = self.labels or []
         if self.kind == "regression":
-            numbers = [values[0] for values in rows]
-            if self.metric not in FROM_LOSS:
-                marks = [float(each.label or 0) for each in examples]
-                metrics |= by_source(
-                    self.metric,
-                    [each.source for each in examples],
-                    lambda rows: score_numbers(self.metric, [numbers[i] for i in rows], [marks[i] for i in rows]),
-                )
-            found: list[Any] = numbers
-            wanted: list[Any] = [each.label for each in examples]
+            found, wanted = [values[0] for values in rows], [float(each.label or 0) for each in examples]
+            score = partial(score_numbers, self.metric)
         else:
-            classes = [max(range(len(values)), key=values.__getitem__) for values in rows]
-            truths, names = [int(each.label or 0) for each in examples], self.labels or []
-            if self.metric not in FROM_LOSS:
-                metrics |= by_source(
-                    self.metric,
-                    [each.source for each in examples],
-                    lambda rows: score_classes(
-                        self.metric, [classes[i] for i in rows], [truths[i] for i in rows], classes=len(names)
-                    ),
-                )
-            found, wanted = [names[each] for each in classes], [names[each] for each in truths]
+            found = [max(range(len(values)), key=values.__getitem__) for values in rows]
+            wanted = [int(each.label or 0) for each in examples]
+            score = partial(score_classes, self.metric, classes=len(names))
+        if self.metric not in FROM_LOSS:
+            metrics |= by_source(
+                self.metric,
+                [each.source for each in examples],
+                lambda rows: score([found[row] for row in rows], [wanted[row] for row in rows]),
+            )
+        if self.kind != "regression":
+            found, wanted = [names[each] for each in found], [names[each] for each in wanted]
         samples = [
             {"row": each.row, "prompt": each.prompt, "reference": truth, "prediction": guess}
             for each, truth, guess in zip(examples, wanted, found, strict=True)
