@@ -52,38 +52,22 @@ class TextSide:
 
     def encode(self, rows: Rows, *, tell: Tell = silent) -> Encoded:
         """Rows with answers or labels as examples, kept ones if there are any; `tell` hears what the cache did."""
-
-        def make() -> Encoded:
-            return encode_examples(
-                rows,
-                tokenizer=self.tokenizer,
-                data_format=self.data_format,
-                template=self.template,
-                task_kind=self.kind,
-                positions=self.positions,
-                max_length=self.max_length,
-                on_overflow=self.on_overflow,
-                append_eos=self.append_eos,
-                classes=self.labels,
-                classes_given=self.labels_given,
-            )
-
-        key = fingerprint(
-            rows,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            data_format=self.data_format,
-            settings={
-                "task_kind": self.kind,
-                "positions": self.positions,
-                "max_length": self.max_length,
-                "on_overflow": self.on_overflow,
-                "append_eos": self.append_eos,
-                "classes": self.labels,
-                "classes_given": self.labels_given,
-            },
-        )
-        return cached(rows.name, key=key, make=make, tell=tell)
+        settings: dict[str, Any] = {  # all that rows are encoded by has to be in their key
+            "task_kind": self.kind,
+            "positions": self.positions,
+            "max_length": self.max_length,
+            "on_overflow": self.on_overflow,
+            "append_eos": self.append_eos,
+            "classes": self.labels,
+            "classes_given": self.labels_given,
+        }
+        made_of: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "template": self.template,
+            "data_format": self.data_format,
+        }
+        key = fingerprint(rows, settings=settings, **made_of)
+        return cached(rows.name, key=key, make=lambda: encode_examples(rows, **made_of, **settings), tell=tell)
 
     def prompts(self, fields: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Rows without answers, as examples; a reward model rates answers, so that its rows have one."""
