@@ -101,9 +101,9 @@ def _which(*, base: bool, compare: bool) -> Base:
 
 def _decoding(sets: list[str], *, compile: str | None) -> dict[str, Any]:
     """What the flags change of the run's own `generation`."""
-    from reft_cli.spec.decoding import decoding_of
+    from reft_cli.spec.decoding import generation_keys
 
-    return decoding_of(sets) | ({} if compile is None else {"compile": compile})
+    return generation_keys(sets) | ({} if compile is None else {"compile": compile})
 
 
 def _share_out(processes: int | None, *, device: str | None, device_map: str | None, tasks: str | None) -> None:

@@ -126,11 +126,11 @@ class How:
         cls, asked: Mapping[str, Any], sets: Sequence[str], *, base: bool, compare: bool, samples: int, raw: bool
     ) -> How:
         """What was asked for: settings that are not given are the run's own, and flags win over `--set`."""
-        from reft_cli.spec.decoding import decoding_of
+        from reft_cli.spec.decoding import generation_keys
 
         models: list[Model] = ["base", "run"] if compare else ["base" if base else "run"]
         given = {key: value for key, value in asked.items() if value is not None}
-        return cls(decoding_of(sets) | given, models, samples, raw)
+        return cls(generation_keys(sets) | given, models, samples, raw)
 
     def answers(
         self, session: Session, prompts: Sequence[str | Mapping[str, Any]]

@@ -30,7 +30,7 @@ Tokens = tuple[int, ...]
 References = dict[tuple[Tokens, Tokens], list[float]]  # by the tokens of a pair: log-probabilities of its answers
 
 
-def tokens_of(example: Example) -> int:
+def cost_of(example: Example) -> int:
     """What a row costs, by which rows are shared out over processes."""
     return len(example.input_ids)
 
@@ -170,7 +170,7 @@ class Evaluator:
                 tell(min(len(rewards) * size(), len(examples)), len(examples))
             return [rewards[id(example)] for example in mine]
 
-        pairs = spread(examples, rewards_of, cost=tokens_of)
+        pairs = spread(examples, rewards_of, cost=cost_of)
         loss = total(sum(losses))
         return Evaluation(
             {"loss": loss / task.units(examples)} | score_pairs(examples, pairs), pair_samples(examples, pairs)
@@ -203,7 +203,7 @@ class Evaluator:
                 tell(min(len(outputs) * size(), len(examples)), len(examples))
             return [outputs[id(example)] for example in mine]
 
-        rows = spread(examples, outputs_of, cost=tokens_of)
+        rows = spread(examples, outputs_of, cost=cost_of)
         metrics = {"loss": total(sum(losses)) / task.units(examples)}
         found: list[Any]
         wanted: list[Any]
@@ -235,7 +235,7 @@ class Evaluator:
         """The objective's mean over all units of these rows; rows that are answered next count as none done."""
         task, loss, read = task_of(self.kind, beta=self.beta), 0.0, 0
         with together():
-            for chosen, batch in self._batches(model, share(examples, cost=tokens_of)):
+            for chosen, batch in self._batches(model, share(examples, cost=cost_of)):
                 with model.editing(batch.rows if edited else None):
                     loss += float(task.loss(model, batch))
                 read += 0 if self.generates else len(chosen)

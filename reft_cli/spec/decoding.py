@@ -14,7 +14,7 @@ from reft_cli.spec.yaml_tree import Node, Origin
 SECTION = "generation"
 
 
-def decoding_of(flags: Sequence[str]) -> dict[str, Any]:
+def generation_keys(flags: Sequence[str]) -> dict[str, Any]:
     """The keys of `generation` that these flags give, with their values. SpecError: all that is wrong with them."""
     problems: list[Problem] = []
     for flag in flags:

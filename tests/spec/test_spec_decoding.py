@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 
 from reft_cli.errors import SpecError
-from reft_cli.spec.decoding import decoding_of
+from reft_cli.spec.decoding import generation_keys
 
 
 def test_the_keys_that_are_given_and_no_others():
     flags = ["generation.beams=4", 'generation.stop=["\\n", " and"]', "generation.repetition_penalty=1.3"]
-    assert decoding_of(flags) == {"beams": 4, "stop": ["\n", " and"], "repetition_penalty": 1.3}
-    assert decoding_of([]) == {}
+    assert generation_keys(flags) == {"beams": 4, "stop": ["\n", " and"], "repetition_penalty": 1.3}
+    assert generation_keys([]) == {}
 
 
 def test_the_last_one_wins():
-    assert decoding_of(["generation.beams=4", "generation.beams=2"]) == {"beams": 2}
+    assert generation_keys(["generation.beams=4", "generation.beams=2"]) == {"beams": 2}
 
 
 @pytest.mark.parametrize(
@@ -32,18 +32,18 @@ def test_the_last_one_wins():
 )
 def test_what_cannot_be_is_said_with_its_flag(flag: str, said: str):
     with pytest.raises(SpecError) as caught:
-        decoding_of([flag])
+        generation_keys([flag])
     (text,) = map(str, caught.value.problems)
     assert said in text and f"--set {flag.partition('=')[0]}" in text
 
 
 def test_a_key_without_its_section_is_met_with_the_right_words():
     with pytest.raises(SpecError) as caught:
-        decoding_of(["beams=4"])
+        generation_keys(["beams=4"])
     assert caught.value.problems[0].hint == "write --set generation.beams=4"
 
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(SpecError) as caught:
-        decoding_of(["generation.beems=4", "generation.top_p=2"])
+        generation_keys(["generation.beems=4", "generation.top_p=2"])
     assert len(caught.value.problems) == 2
