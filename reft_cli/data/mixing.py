@@ -1,4 +1,4 @@
-"""Rows drawn, repeated and put together: shares of a source, mixes of several, rows set apart. All under a seed."""
+"""Rows drawn, divided, repeated and put together: shares, validation rows, mixes, rows set apart. Under a seed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def draw(rows: Rows, *, share: str | float, seed: int, rest: bool = False) -> Ro
         raise DataError(f"{rows.name}: a share of {share} of {len(rows):,} rows leaves no row on one side")
     drawn = set(random.Random(seed).sample(range(len(rows)), count))
     return rows.take(index for index in range(len(rows)) if (index in drawn) != rest)
+
+
+def split_off(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """(training, validation) rows: a random `fraction` (0 to 1) is set apart, the same for the same seed."""
+    if _count(len(rows), fraction) >= len(rows):
+        count = "1 row" if len(rows) == 1 else f"{len(rows):,} rows"
+        raise DataError(
+            f"{rows.name}: {count} cannot be split into training rows and a validation fraction of {fraction:g}; "
+            "give data.validation rows of its own"
+        )
+    return draw(rows, share=fraction, seed=seed, rest=True), draw(rows, share=fraction, seed=seed)
 
 
 def repeat(rows: Rows, *, weight: float, seed: int) -> Rows:

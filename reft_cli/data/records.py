@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -144,18 +143,6 @@ def parse_jsonl(lines: Iterable[bytes], *, name: str) -> Rows:
                 raise DataError(f"{name}:{number}: not JSON ({_because(error)}){array}") from error
             numbers.append(number)
     return _checked(_numbered(name, rows, numbers))
-
-
-def split_off(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """(training, validation) rows: a random `fraction` (0 to 1) is set apart, the same for the same seed."""
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
-        raise DataError(
-            f"{rows.name}: {_count(len(rows), 'row')} cannot be split into training rows and a validation fraction "
-            f"of {fraction:g}; give data.validation rows of its own"
-        )
-    apart = set(random.Random(seed).sample(range(len(rows)), count))
-    return rows.take(i for i in range(len(rows)) if i not in apart), rows.take(sorted(apart))
 
 
 def _read_local(source: Source, path: Path, *, name: str) -> Rows:

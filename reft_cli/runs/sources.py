@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reft_cli.data.formats import COLUMNS
-from reft_cli.data.mixing import draw, mix, repeat
-from reft_cli.data.records import ALIASES, READERS, Rows, Source, read_rows, split_off
+from reft_cli.data.mixing import draw, mix, repeat, split_off
+from reft_cli.data.records import ALIASES, READERS, Rows, Source, read_rows
 from reft_cli.data.templates import Inline, TextTemplate
 from reft_cli.errors import Problem, SpecError
 from reft_cli.spec.data import SPLITS, DataSpec, SourceSpec, TemplateSpec

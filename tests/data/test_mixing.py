@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reft_cli.data.mixing import draw, mix, repeat, set_apart
+from reft_cli.data.mixing import draw, mix, repeat, set_apart, split_off
 from reft_cli.data.records import Rows
 from reft_cli.errors import DataError
 
@@ -73,3 +73,22 @@ def test_rows_set_apart_are_not_left():
     with pytest.raises(DataError) as caught:
         set_apart(rows(3), count=3, seed=0)
     assert str(caught.value) == "a.jsonl: 3 solved rows for prompts leave none of 3 to train on"
+
+
+def test_split_off_is_a_partition_that_the_seed_decides():
+    whole = rows(10)
+    train, validation = split_off(whole, fraction=0.3, seed=1)
+    assert len(validation) == 3 and sorted(train.numbers + validation.numbers) == whole.numbers
+    assert train.numbers == sorted(train.numbers) and validation.lines == [2 * n for n in validation.numbers]
+    assert split_off(whole, fraction=0.3, seed=1)[1].numbers == validation.numbers
+    assert any(split_off(whole, fraction=0.3, seed=seed)[1].numbers != validation.numbers for seed in range(5))
+    assert len(split_off(whole, fraction=0.001, seed=0)[1]) == 1
+
+
+def test_one_row_cannot_be_split():
+    with pytest.raises(DataError) as caught:
+        split_off(rows(1), fraction=0.1, seed=0)
+    assert str(caught.value) == (
+        "a.jsonl: 1 row cannot be split into training rows and a validation fraction of 0.1; "
+        "give data.validation rows of its own"
+    )

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_cli import bundled
-from reft_cli.data.records import Rows, Source, parse_jsonl, read_rows, split_off
+from reft_cli.data.records import Rows, Source, parse_jsonl, read_rows
 from reft_cli.errors import DataError
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(10)]
@@ -314,25 +314,6 @@ def test_the_fingerprint_is_of_content_and_order():
     assert rows.fingerprint != rows.take(range(9)).fingerprint
     assert rows.fingerprint != rows.take([1, 0, *range(2, 10)]).fingerprint
     assert Rows("a", [{"a": "\ud800", "b": SimpleNamespace()}], [1]).fingerprint
-
-
-def test_split_off_is_a_partition_that_the_seed_decides():
-    rows = Rows("a", ROWS, list(range(1, 11)), list(range(2, 12)))
-    train, validation = split_off(rows, fraction=0.3, seed=1)
-    assert len(validation) == 3 and sorted(train.numbers + validation.numbers) == rows.numbers
-    assert train.numbers == sorted(train.numbers) and validation.lines == [n + 1 for n in validation.numbers]
-    assert split_off(rows, fraction=0.3, seed=1)[1].numbers == validation.numbers
-    assert any(split_off(rows, fraction=0.3, seed=seed)[1].numbers != validation.numbers for seed in range(5))
-    assert len(split_off(rows, fraction=0.001, seed=0)[1]) == 1
-
-
-def test_one_row_cannot_be_split():
-    with pytest.raises(DataError) as caught:
-        split_off(Rows("a.jsonl", ROWS[:1], [1]), fraction=0.1, seed=0)
-    assert str(caught.value) == (
-        "a.jsonl: 1 row cannot be split into training rows and a validation fraction of 0.1; "
-        "give data.validation rows of its own"
-    )
 
 
 def test_columns_are_those_of_all_rows():
