@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from reft_cli.errors import CheckpointError
-from reft_cli.kinds import TaskKind
+from reft_cli.kinds import Overflow, TaskKind
 from reft_cli.layers import parse_layers
 from reft_cli.positions import Positions
 from reft_cli.reading import read_bytes, read_json
@@ -106,7 +106,7 @@ class TextIdentity(_Part):
     labels_given: bool
     append_eos: bool
     max_length: int = Field(ge=1)
-    on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"]
+    on_overflow: Overflow
     extraction: RuleName | ExtractionSpec | None = None
     """As the spec had it."""
     beta: float | None = Field(default=None, gt=0)

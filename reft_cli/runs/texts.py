@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_cli.checkpoint import Manifest, TextIdentity
 from reft_cli.data.cache import Tell, cached, silent
-from reft_cli.data.encode import Encoded, Overflow, encode_examples, encode_prompts, fingerprint
+from reft_cli.data.encode import Encoded, encode_examples, encode_prompts, fingerprint
 from reft_cli.data.examples import Example
 from reft_cli.data.formats import Format, choose_format, format_from_dict
 from reft_cli.data.mixing import set_apart
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Inline, Template, TextTemplate, choose_template, template_from_dict
 from reft_cli.errors import CheckpointError, Problem, SpecError
-from reft_cli.kinds import PAIRED, WRITING, TaskKind
+from reft_cli.kinds import PAIRED, WRITING, Overflow, TaskKind
 from reft_cli.positions import Positions
 from reft_cli.runs.sources import template_of, training_rows
 from reft_cli.spec.quoting import printable

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from reft_cli.kinds import Overflow
 from reft_cli.spec.base import Conflict, PositiveInt, Section
 
 Column = Annotated[str, Field(min_length=1)]
@@ -109,7 +110,7 @@ class DataSpec(Section):
     """End the answer with the end-of-sequence token, so that generation stops."""
     max_length: Annotated[int, Field(ge=8, strict=True)] = 512
     """Tokens in a row, prompt and answer together."""
-    on_overflow: Literal["error", "drop", "truncate_prompt", "truncate_answer"] = "error"
+    on_overflow: Overflow = "error"
     """Rows longer than max_length: stop, leave out, cut the middle of the prompt (edited tokens stay), or cut the end
     of the answer, as pyreft does."""
 

@@ -5,11 +5,11 @@ import datetime
 import time
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from reft_cli.data.encode import Example, cut_middle, encode_examples, encode_prompts, fingerprint
+from reft_cli.data.encode import encode_examples, encode_prompts, fingerprint
 from reft_cli.data.formats import choose_format
 from reft_cli.data.records import Rows
 from reft_cli.data.templates import Inline, choose_template
@@ -250,29 +250,6 @@ def test_references_and_sources_go_along():
     plan = prepared([{"a": "1", "b": "2"}], template=("{a}", "{b}", "<{b}>"))
     found = encode_examples(rows, positions=Positions.parse("l1"), max_length=20, **plan).examples
     assert [(each.reference, each.source) for each in found] == [("<2>", "one"), ("<2>", "two")]
-
-
-@given(
-    prompt=st.integers(0, 40),
-    answer=st.integers(0, 12),
-    first=st.integers(0, 12),
-    last=st.integers(0, 12),
-    max_length=st.integers(8, 40),
-)
-@settings(max_examples=500, deadline=None)
-def test_cutting_keeps_both_ends_and_the_answer(prompt, answer, first, last, max_length):
-    ids = list(range(prompt + answer))
-    assume(len(ids) > max_length)
-    cut = cut_middle(Example(ids, prompt, None, "", "", 1), max_length=max_length, first=first, last=last)
-    if cut is None:
-        assert answer + max(first + last, 1) > max_length
-        return
-    kept = cut.input_ids[: cut.prompt_length]
-    assert len(cut.input_ids) == max_length and cut.input_ids[cut.prompt_length :] == ids[prompt:]
-    assert kept[:first] == ids[:first] and kept[len(kept) - last :] == ids[prompt - last : prompt]
-    head = next((at for at, token in enumerate(kept) if token != at), len(kept))
-    assert kept[head:] == ids[prompt - (len(kept) - head) : prompt]
-    assert abs(len(kept) - 2 * head) <= 1 or head in (first, len(kept) - last)
 
 
 def labelled(*labels):
