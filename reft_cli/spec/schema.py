@@ -360,6 +360,18 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Spec:
+        self._validation_fits()
+        self._answers_fit()
+        self._placement_fits()
+        if self.intervention.positions == "generated" and self.task.kind not in ANSWERED:
+            raise Conflict(
+                f"nothing is generated with task.kind {self.task.kind}; write f7+l7, prompt or all",
+                "intervention.positions",
+                "task.kind",
+            )
+        return self
+
+    def _validation_fits(self) -> None:
         best, patience = self.checkpoint.best, self.checkpoint.patience
         check_metric(best, self.task.kind, "checkpoint.best", "task.kind")
         for key, value in (("checkpoint.best", best), ("checkpoint.patience", patience)):
@@ -367,6 +379,8 @@ class Spec(Section):
                 raise Conflict("there are no validation rows to go by; give data.validation", key, "data.validation")
             if value is not None and self.evaluation.every == "never":
                 raise Conflict("there is no validation while evaluation.every is never", key, "evaluation.every")
+
+    def _answers_fit(self) -> None:
         template = self.data.template
         given = isinstance(template, TemplateSpec) and template.reference is not None
         if str(self.task.extraction).startswith("arithmetic") and not (given or self.data.has_own_templates):
@@ -378,6 +392,8 @@ class Spec(Section):
             )
         for key in self._of_answers():
             raise Conflict(f"has no meaning with task.kind {self.task.kind}; remove it", key, "task.kind")
+
+    def _placement_fits(self) -> None:
         if self.model.device_map is not None:
             self._one_process_fits()
         if self.parallel.shard and self.model.quantization is not None:
@@ -386,13 +402,6 @@ class Spec(Section):
                 "parallel.shard",
                 "model.quantization",
             )
-        if self.intervention.positions == "generated" and self.task.kind not in ANSWERED:
-            raise Conflict(
-                f"nothing is generated with task.kind {self.task.kind}; write f7+l7, prompt or all",
-                "intervention.positions",
-                "task.kind",
-            )
-        return self
 
     def _one_process_fits(self) -> None:
         if self.parallel.shard:
