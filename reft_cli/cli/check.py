@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_cli.cli import console, options, progress
+from reft_cli.cli.fetching import tell_of_fetching
 from reft_cli.cli.importing import importing
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def check(
     with importing():
         from reft_cli import runs
 
+    tell_of_fetching(loaded.spec.model)
     report = runs.check(loaded, with_model=not no_model, rows=rows)
     flags = shlex.join(part for each in sets for part in ("--set", each))
     report = replace(report, next_command=f"{report.next_command} {flags}".rstrip())

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from reft_cli.cli import console, options
+from reft_cli.cli.fetching import tell_of_fetching
 from reft_cli.cli.importing import importing
 from reft_cli.cli.processes import as_several
 from reft_cli.cli.progress import progress
@@ -94,6 +95,7 @@ def train(
     with importing():
         from reft_cli import runs
 
+    tell_of_fetching(loaded.spec.model)
     try:
         with progress() as observer:
             done = runs.train(loaded, output=output, name=name, resume=resume, overwrite=overwrite, observer=observer)

@@ -90,14 +90,14 @@ def evaluate(
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
         evaluator = _evaluator(session, decoding, batch_size=size, loss=loss)
         step = session.checkpoint.manifest.step
-        own, _ = merge_generation(session.checkpoint.manifest.generation, {})
-        changed = _changed(decoding, own) if evaluator.generates else []
+        changed = _changed(session, decoding) if evaluator.generates else []
         name = _file_name(_scored(data, split, encoded.name), step, base=base, limit=limit, changed=changed)
-        if session.found.run is not None:
-            name = from_first(partial(_kept_apart, session.found.run, name, encoded.name))
+        name = from_first(partial(_kept_apart, session.found.run, name, encoded.name))
         started = time.perf_counter()
         results = _score(session, encoded.examples, evaluator, base=base, name=name, observer=observer)
         seconds = time.perf_counter() - started
+        for note in _notes(results.get("run", results.get("base")), longest=decoding.max_new_tokens):
+            observer.on_message("warning", note)
         report = EvalReport(
             run=run,
             checkpoint=session.found.checkpoint,
@@ -131,14 +131,30 @@ def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None, 
     return replace(evaluator, reads_loss=loss)
 
 
+def _notes(result: Evaluation | None, *, longest: int) -> list[str]:
+    """What makes scores of most answers meaningless: nothing to compare, or no end."""
+    samples = result.samples if result is not None else []
+    empty = sum(sample.get("answer") == "" for sample in samples)
+    cut = sum(sample.get("finished") is False for sample in samples)
+    return [
+        f"{text} in {count:,} of {len(samples):,} answers"
+        for count, text in (
+            (empty, "task.extraction found nothing"),
+            (cut, f"generation.max_new_tokens {longest} was reached before the end"),
+        )
+        if 2 * count > len(samples)
+    ]
+
+
 def _scored(data: str | None, split: str, name: str) -> str:
     """What a result is called after: a split of the run's own data, a file, or a set and its split."""
     stem = split if data is None else Path(name).stem
     return stem if data is None or names_a_split(data) or stem == split else f"{stem}-{split}"
 
 
-def _changed(decoding: Decoding, own: Decoding) -> list[str]:
+def _changed(session: Session, decoding: Decoding) -> list[str]:
     """Settings that are not the run's own, as words of a file's name; how fast answers come does not count."""
+    own, _ = merge_generation(session.checkpoint.manifest.generation, {})
     before, now = summary_of(own), summary_of(decoding)
     other = {key: value for key, value in now.items() if key != "compile" and value != before[key]}
     return [f"{key}_{_digest(repr(value)) if key == 'stop' else value}" for key, value in other.items()]
@@ -150,8 +166,10 @@ def _file_name(scored: str, step: int, *, base: Base, limit: int | None, changed
     return "-".join(parts)
 
 
-def _kept_apart(run: RunFolder, name: str, data: str) -> str:
+def _kept_apart(run: RunFolder | None, name: str, data: str) -> str:
     """The name, with a mark of the data where other data of that name have been scored under it."""
+    if run is None:
+        return name
     path = run.evaluation(name)
     try:
         there = read_json(path) if path.exists() else None

@@ -249,7 +249,7 @@ class Trainer:
         rate = settings.learning_rate * rate_factor(
             self.progress.step,
             steps=self.steps,
-            warmup_steps=math.ceil(settings.warmup_ratio * self.steps),
+            warmup_steps=min(math.ceil(settings.warmup_ratio * self.steps), self.steps - 1),  # one step has the peak
             schedule=settings.schedule,
         )
         for group in self.optimizer.param_groups:

@@ -189,6 +189,22 @@ def test_generation_can_be_changed(run: Path):
     assert json.loads(report.path.read_text())["generation"]["max_new_tokens"] == 1
 
 
+def test_answers_that_say_nothing_are_told_of(run: Path, trained: Trained):
+    class Listening(NullObserver):
+        def __init__(self) -> None:
+            self.said: list[tuple[str, str]] = []
+
+        def on_message(self, level: str, text: str) -> None:
+            self.said.append((level, text))
+
+    heard = Listening()
+    evaluate(run, generation={"max_new_tokens": 1}, observer=heard)
+    assert heard.said == [("warning", "generation.max_new_tokens 1 was reached before the end in 7 of 7 answers")]
+    lost = trained(*SETS, "task.extraction={after: zzz}")
+    evaluate(lost, observer=heard)
+    assert ("warning", "task.extraction found nothing in 7 of 7 answers") in heard.said
+
+
 def test_answers_are_scored_without_reading_the_loss(run: Path, monkeypatch: pytest.MonkeyPatch):
     both, read = evaluate(run, base="compare", loss=True), []
     monkeypatch.setattr(Evaluator, "_mean_loss", lambda *given, **how: read.append(given))

@@ -138,6 +138,14 @@ def by_the_book(
     return found, {name: parameter.detach() for name, parameter in named.items()}
 
 
+def test_a_run_of_one_step_learns_in_spite_of_a_warm_up():
+    """The warm-up's first rate is 0, and it was the only one."""
+    model, watching = intervened(), Watching()
+    with model:
+        trainer(model, watching, max_steps=1, warmup_ratio=0.1, log_every=1).run({})
+    assert [report.learning_rate for report in watching.reports] == [3e-2]
+
+
 @pytest.mark.parametrize(
     ("layout", "cut", "clip", "scaled"),
     [("packed", 1, None, False), ("padded", 3, 0.05, False), ("packed", None, 0.05, True)],
