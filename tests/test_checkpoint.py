@@ -408,6 +408,22 @@ def test_a_rename_that_fails_with_nothing_there(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[int | str] = []
+    rename = Path.rename
+
+    def renamed(folder: Path, target: Path) -> Path:
+        events.append(target.name)
+        return rename(folder, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", renamed)
+    path = write(tmp_path / "step_000004")
+    files = {file.stat().st_ino for file in path.iterdir()}
+    assert len(files) == 4 and set(events[:4]) == files
+    assert events[4:] == [path.stat().st_ino, "step_000004", tmp_path.stat().st_ino]
+
+
 def test_an_older_folder_is_replaced_whole(path: Path):
     (path / "note.txt").write_text("mine")
     write(path, seed=1)
