@@ -119,16 +119,6 @@ def build_batch(
     )
 
 
-def edited_rows(
-    examples: Sequence[Example], *, groups: Sequence[PositionGroup], starts: Sequence[int]
-) -> dict[str, Tensor]:
-    """For each position group the flat rows that it edits; `starts` is the row of each example's first token."""
-    prompts = np.array([example.prompt_length for example in examples], dtype=np.int64)
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    whole = np.zeros_like(lengths)
-    return _edited(prompts, lengths, groups=groups, starts=np.array(starts, dtype=np.int64), begins=whole)
-
-
 def _edited(
     prompts: Ints, lengths: Ints, *, groups: Sequence[PositionGroup], starts: Ints, begins: Ints
 ) -> dict[str, Tensor]:

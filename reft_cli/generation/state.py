@@ -47,10 +47,6 @@ class State:
         """All of them, in the order of the fields."""
         return [getattr(self, each.name) for each in fields(self)]
 
-    def select(self, rows: Tensor) -> State:
-        """A copy of some slots."""
-        return State(*(tensor[rows] for tensor in self.tensors()))
-
     def put(self, rows: Tensor, other: State) -> None:
         """Overwrite some slots."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):

@@ -107,11 +107,6 @@ class SlotCache:
         pairs = [tensor for _, pair in self._layers for tensor in pair]
         return sum(tensor.element_size() * tensor.shape[2] * tensor.shape[3] for tensor in pairs)
 
-    @property
-    def has_layers(self) -> bool:
-        """Whether the model has run."""
-        return bool(self._layers)
-
     def make_layer(self, module: nn.Module, key: Tensor, value: Tensor, window: int | None) -> None:
         """Keys and values [B, L, K, E] of an attention module, shaped after its first ones. Zeros: a mask of -inf
         does not hide what happens to be NaN."""
