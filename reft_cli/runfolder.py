@@ -61,7 +61,6 @@ class RunFolder:
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.card = self.path / "README.md"
-        self.logs = self.path / "logs"
 
     @classmethod
     def create(cls, path: Path | str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:

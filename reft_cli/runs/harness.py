@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_cli.environment import git_state
-from reft_cli.errors import DataError, SpecError, first_line
+from reft_cli.errors import DataError, ReftError, SpecError, first_line
 from reft_cli.evaluation.requests import Requests
 from reft_cli.runfolder import RunFolder
 from reft_cli.runs.assemble import merge_generation
@@ -213,7 +213,7 @@ def _keep(
         tracker.save_results_aggregated(results=results, samples=samples)
         written = sorted(place.parent.glob(f"{place.stem}_*.json"))
         if not written:
-            raise OSError(f"{place.parent}: lm-eval could not write its results there")
+            raise ReftError(f"{place.parent}: lm-eval could not write its results there; see to the disk and try again")
         files.append(str(written[-1].relative_to(run.path)))
         for task, lines in samples.items():
             tracker.save_results_samples(task_name=f"{task}_base" if which == "base" else task, samples=lines)

@@ -10,7 +10,7 @@ import yaml
 
 import lm_eval_stand_in
 from reft_cli import runs
-from reft_cli.errors import DataError, SpecError
+from reft_cli.errors import DataError, ReftError, SpecError
 from reft_cli.runs.harness import INSTALL, evaluate_tasks
 from reft_cli.training.observer import NullObserver
 
@@ -123,6 +123,16 @@ def test_nothing_is_said_where_there_is_no_repository(trained, folder, tmp_path,
     assert "fatal" not in capfd.readouterr().err
     (results,) = (run / "eval").glob("lm_eval-first_1-step_*/results_*.json")
     assert json.loads(results.read_text())["git_hash"] is None
+
+
+def test_results_that_lm_eval_cannot_write_are_no_bug_of_ours(harness, trained, folder, monkeypatch):
+    from lm_eval.loggers import EvaluationTracker
+
+    monkeypatch.setattr(EvaluationTracker, "save_results_aggregated", lambda *_, **__: None)  # it says so in its log
+    with pytest.raises(
+        ReftError, match=r"/eval/lm_eval-first_1-step_\d+: lm-eval could not write its results there; see"
+    ):
+        scored(trained(), ["local_choice"], folder, limit=1)
 
 
 def test_what_is_kept_is_lm_evals_own_format(harness, trained, folder):
