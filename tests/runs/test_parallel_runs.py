@@ -82,10 +82,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     [
         (),
         ("train.layout=packed", "train.global_batch_size=7", "train.micro_batch_size=1"),
+        ("data.template.prompt=Is this text good or bad? {text} ->",),
         ("task.kind=classification", "data.template=null", "task.metric=null"),
         ("intervention.method=red", "intervention.rank=null", "train.global_batch_size=1", "train.max_steps=3"),
     ],
-    ids=["padded", "packed", "head", "fewer rows than processes"],
+    ids=["padded", "packed", "shared head", "head", "fewer rows than processes"],
 )
 def test_two_processes_train_like_one(spec_file: Path, tmp_path: Path, sets: tuple[str, ...]):
     (alone,) = train_as(1, spec_file, tmp_path / "one", *sets)
