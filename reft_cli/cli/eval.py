@@ -20,7 +20,7 @@ from reft_cli.evaluation.metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from reft_cli.runs import EvalReport
-    from reft_cli.runs.evaluate import Base
+    from reft_cli.runs.results import Base
 
 EXCLUDED = {  # by --tasks
     "--data": "a task brings its own rows; give one of them",

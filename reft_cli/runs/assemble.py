@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -261,8 +260,3 @@ def _rule_of(text: TextSide) -> Rule | None:
 def token_budget(device: torch.device) -> int:
     """Tokens in one training pass on this kind of device."""
     return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
-
-
-def summary_of(decoding: Decoding) -> dict[str, Any]:
-    """Plain values, for result files."""
-    return asdict(decoding)

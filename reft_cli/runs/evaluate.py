@@ -2,59 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.data.records import NoSuchFile, Rows, Source, read_rows
 from reft_cli.environment import versions
-from reft_cli.errors import CheckpointError, DataError, SpecError
+from reft_cli.errors import DataError, SpecError
 from reft_cli.evaluation.answers import answer_all, answer_store
 from reft_cli.evaluation.evaluate import Evaluation, Evaluator
 from reft_cli.generation.decode import requests_of
 from reft_cli.generation.settings import Decoding
 from reft_cli.parallel.collective import from_first, is_first, joined
-from reft_cli.reading import read_json
-from reft_cli.runfolder import RunFolder
-from reft_cli.runs.assemble import evaluator_of, merge_generation, summary_of
+from reft_cli.runs.assemble import evaluator_of, merge_generation
+from reft_cli.runs.results import PASSES, Base, EvalReport, changed_settings, keep, kept_apart, result_name, scored_as
 from reft_cli.runs.resuming import begun_with
 from reft_cli.runs.session import Session, open_run
 from reft_cli.runs.sources import names_a_split, rows_of
 from reft_cli.runs.texts import without_answers
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
-from reft_cli.writing import json_line, json_text, write_atomic
-
-Base = Literal["none", "compare", "only"]
-SAMPLE = ("row", "prompt", "reference", "rejected")  # what is kept of a sample besides predictions
-PASSES: dict[Base, list[str]] = {"none": ["run"], "compare": ["base", "run"], "only": ["base"]}
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Scores on one set of rows; `metrics` is empty if only the base was scored."""
-
-    run: Path
-    checkpoint: Path
-    data: str
-    rows: int
-    metric: str
-    metrics: dict[str, float]
-    base_metrics: dict[str, float]
-    seconds: float
-    path: Path | None
-    """The result file, if the checkpoint lies in a run folder."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for --json and the result file."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def evaluate(
@@ -90,9 +62,10 @@ def evaluate(
         decoding, size = merge_generation(session.checkpoint.manifest.generation, overrides)
         evaluator = _evaluator(session, decoding, batch_size=size, loss=loss)
         step = session.checkpoint.manifest.step
-        changed = _changed(session, decoding) if evaluator.generates else []
-        name = _file_name(_scored(data, split, encoded.name), step, base=base, limit=limit, changed=changed)
-        name = from_first(partial(_kept_apart, session.found.run, name, encoded.name))
+        own, _ = merge_generation(session.checkpoint.manifest.generation, {})
+        changed = changed_settings(own, decoding) if evaluator.generates else []
+        name = result_name(scored_as(data, split, encoded.name), step, base=base, limit=limit, changed=changed)
+        name = from_first(partial(kept_apart, session.found.run, name, encoded.name))
         started = time.perf_counter()
         results = _score(session, encoded.examples, evaluator, base=base, name=name, observer=observer)
         seconds = time.perf_counter() - started
@@ -110,10 +83,8 @@ def evaluate(
             path=None,
         )
         if session.found.run is not None:
-            facts = {"generation": summary_of(decoding) | {"batch_size": size}, "device": str(session.model.device)}
-            if evaluator.generates:
-                facts["decoded_by"] = session.decoder.why_not_slots(decoding) or "slots"
-            report = from_first(partial(_keep, session.found.run, report, results, name=name, facts=facts))
+            facts = _facts(session, evaluator)
+            report = from_first(partial(keep, session.found.run, report, results, name=name, facts=facts))
     observer.on_evaluation(EvaluationRecord(step, encoded.name, report.metrics, seconds, best=False))
     observer.on_end("finished")
     return report
@@ -131,6 +102,15 @@ def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None, 
     return replace(evaluator, reads_loss=loss)
 
 
+def _facts(session: Session, evaluator: Evaluator) -> dict[str, Any]:
+    """How answers came about, for the result file."""
+    generation = asdict(evaluator.decoding) | {"batch_size": evaluator.batch_size}
+    facts = {"generation": generation, "device": str(session.model.device)}
+    if evaluator.generates:
+        facts["decoded_by"] = session.decoder.why_not_slots(evaluator.decoding) or "slots"
+    return facts
+
+
 def _notes(result: Evaluation | None, *, longest: int) -> list[str]:
     """What makes scores of most answers meaningless: nothing to compare, or no end."""
     samples = result.samples if result is not None else []
@@ -144,43 +124,6 @@ def _notes(result: Evaluation | None, *, longest: int) -> list[str]:
         )
         if 2 * count > len(samples)
     ]
-
-
-def _scored(data: str | None, split: str, name: str) -> str:
-    """What a result is called after: a split of the run's own data, a file, or a set and its split."""
-    stem = split if data is None else Path(name).stem
-    return stem if data is None or names_a_split(data) or stem == split else f"{stem}-{split}"
-
-
-def _changed(session: Session, decoding: Decoding) -> list[str]:
-    """Settings that are not the run's own, as words of a file's name; how fast answers come does not count."""
-    own, _ = merge_generation(session.checkpoint.manifest.generation, {})
-    before, now = summary_of(own), summary_of(decoding)
-    other = {key: value for key, value in now.items() if key != "compile" and value != before[key]}
-    return [f"{key}_{_digest(repr(value)) if key == 'stop' else value}" for key, value in other.items()]
-
-
-def _file_name(scored: str, step: int, *, base: Base, limit: int | None, changed: Sequence[str]) -> str:
-    """What was scored, what was left out, and how else answers were decoded."""
-    parts = [scored, f"step_{step:06d}", *["base"] * (base == "only"), *([f"first_{limit}"] if limit else []), *changed]
-    return "-".join(parts)
-
-
-def _kept_apart(run: RunFolder | None, name: str, data: str) -> str:
-    """The name, with a mark of the data where other data of that name have been scored under it."""
-    if run is None:
-        return name
-    path = run.evaluation(name)
-    try:
-        there = read_json(path) if path.exists() else None
-    except CheckpointError:  # damaged; it is written anew
-        there = None
-    before = there.get("data", data) if isinstance(there, dict) else data
-    return name if before == data else f"{name}-{_digest(data)}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _score(
@@ -244,7 +187,7 @@ def _generate_and_score(
 def _settings_digest(session: Session, evaluator: Evaluator) -> str:
     """Of everything that decides an answer to a prompt."""
     manifest, model = session.checkpoint.manifest, session.model.base_model
-    facts = [manifest.sha256.manifest, summary_of(evaluator.decoding), str(model.dtype), model.device.type, versions()]
+    facts = [manifest.sha256.manifest, asdict(evaluator.decoding), str(model.dtype), model.device.type, versions()]
     return json.dumps(facts, sort_keys=True)
 
 
@@ -259,27 +202,3 @@ def _rows(session: Session, data: str | None, split: str, limit: int | None) -> 
             hint = "Paths of a run's spec count from where it was trained; go there, or give --data"
             raise DataError(replace(error.problems[0], hint=hint)) from error
     return read_rows(Source(path=data, split=None if names_a_split(data) else split, limit=limit))
-
-
-def _keep(
-    run: RunFolder, report: EvalReport, results: dict[str, Evaluation], *, name: str, facts: dict[str, Any]
-) -> EvalReport:
-    """Write the result and the samples into the run folder; rows of both models stand side by side."""
-    path = run.evaluation(name)
-    samples = []
-    for index, sample in enumerate(next(iter(results.values())).samples):
-        both = {which: result.samples[index].get("prediction") for which, result in results.items()}
-        line: dict[str, Any] = {key: sample[key] for key in SAMPLE if key in sample}
-        if "run" in both:
-            line["prediction"] = both["run"]
-        if "base" in both:
-            line["base_prediction"] = both["base"]
-        for which, result in results.items():
-            if "answer" in result.samples[index]:
-                line["answer" if which == "run" else "base_answer"] = result.samples[index]["answer"]
-        samples.append(line)
-    write_atomic(run.evaluation(name, suffix=".samples.jsonl"), "".join(map(json_line, samples)))
-    kept = replace(report, path=path)
-    facts = facts | {"versions": versions()}
-    write_atomic(path, json_text(kept.to_dict() | facts))
-    return kept

@@ -19,7 +19,7 @@ from reft_cli.errors import DataError, ReftError, SpecError, first_line
 from reft_cli.evaluation.requests import Requests
 from reft_cli.runfolder import RunFolder
 from reft_cli.runs.assemble import merge_generation
-from reft_cli.runs.evaluate import PASSES, Base, EvalReport
+from reft_cli.runs.results import PASSES, Base, EvalReport
 from reft_cli.runs.session import Session, open_run
 from reft_cli.spec.quoting import printable
 from reft_cli.training.observer import EvaluationRecord, Observer

@@ -12,7 +12,7 @@ import transformers
 
 from reft_cli import runs
 from reft_cli.generation.settings import Answer
-from reft_cli.runs.evaluate import EvalReport
+from reft_cli.runs.results import EvalReport
 from reft_cli.runs.sources import rows_of
 from reft_cli.runs.texts import load_training_data
 from reft_cli.spec.load import load_spec
