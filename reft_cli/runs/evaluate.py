@@ -70,7 +70,7 @@ def evaluate(
         results = _score(session, encoded.examples, evaluator, base=base, name=name, observer=observer)
         seconds = time.perf_counter() - started
         for note in _notes(results.get("run", results.get("base")), longest=decoding.max_new_tokens):
-            observer.on_message("warning", note)
+            observer.on_message("info", note)
         report = EvalReport(
             run=run,
             checkpoint=session.found.checkpoint,

@@ -199,10 +199,10 @@ def test_answers_that_say_nothing_are_told_of(run: Path, trained: Trained):
 
     heard = Listening()
     evaluate(run, generation={"max_new_tokens": 1}, observer=heard)
-    assert heard.said == [("warning", "generation.max_new_tokens 1 was reached before the end in 7 of 7 answers")]
+    assert heard.said == [("info", "generation.max_new_tokens 1 was reached before the end in 7 of 7 answers")]
     lost = trained(*SETS, "task.extraction={after: zzz}")
     evaluate(lost, observer=heard)
-    assert ("warning", "task.extraction found nothing in 7 of 7 answers") in heard.said
+    assert ("info", "task.extraction found nothing in 7 of 7 answers") in heard.said
 
 
 def test_answers_are_scored_without_reading_the_loss(run: Path, monkeypatch: pytest.MonkeyPatch):
