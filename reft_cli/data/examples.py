@@ -190,6 +190,11 @@ class Examples(Sequence[Example]):
     def _text(self, start: int, stop: int) -> str | None:
         return None if start < 0 else self.text[start:stop].tobytes().decode("utf-8", "surrogatepass")
 
+    def written(self) -> Iterator[bytes]:
+        """Prompt and completion of each example, as one key that tells different ones apart."""
+        for start, middle, begin, end in self.text_spans[:, :4].tolist():
+            yield b"\0".join((self.text[start:middle].tobytes(), self.text[begin:end].tobytes()))
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 

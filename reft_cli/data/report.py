@@ -44,6 +44,8 @@ class DataReport:
     """Prompts shorter than that."""
     labels: dict[str, int]
     """Rows of each class."""
+    learned: Notice
+    """Rows that are scored and stand among the training rows too, prompt and answer."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
@@ -62,6 +64,7 @@ class DataReport:
                 "the answer with one",
             ),
             (counts.differing, "{rows} with other prompt tokens than the same prompt has without its answer"),
+            (self.learned, "{rows} stand among the training rows too"),
             (self.short, f"{{rows}} with a prompt of fewer than {self.whole_prompt} tokens for {self.positions}"),
         ]
         return [
@@ -81,8 +84,8 @@ class Token:
     groups: tuple[str, ...]
 
 
-def report(encoded: Encoded, *, positions: Positions) -> DataReport:
-    """Count an encoded set."""
+def report(encoded: Encoded, *, positions: Positions, training: Encoded | None = None) -> DataReport:
+    """Count an encoded set; `training` is the one that is learned from, where this one is scored."""
     examples, need = Examples.of(encoded.examples), positions.shortest_whole_prompt
     counts = [0] * len(encoded.classes or ())
     if encoded.classes and examples.labels is not None:
@@ -97,8 +100,16 @@ def report(encoded: Encoded, *, positions: Positions) -> DataReport:
         positions=str(positions),
         whole_prompt=need,
         short=notice(examples.rows[examples.prompt_lengths < need].tolist()),
+        learned=_learned(examples, training),
         labels=dict(zip(encoded.classes or (), counts, strict=True)),
     )
+
+
+def _learned(examples: Examples, training: Encoded | None) -> Notice:
+    if training is None:
+        return Notice()
+    known = set(Examples.of(training.examples).written())
+    return notice([row for row, each in zip(examples.rows.tolist(), examples.written(), strict=True) if each in known])
 
 
 def render_row(example: Example, *, tokenizer: PreTrainedTokenizerBase, groups: Sequence[PositionGroup]) -> list[Token]:

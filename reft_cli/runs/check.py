@@ -125,7 +125,12 @@ def check(loaded: LoadedSpec, *, with_model: bool = True, rows: int = 1) -> Chec
     return CheckReport(
         spec=str(loaded.path),
         suite=_suite_report(loaded),
-        data={split: report(each, positions=data.text.positions) for split, each in encoded.items()},
+        data={
+            split: report(
+                each, positions=data.text.positions, training=data.train if split in ("validation", "test") else None
+            )
+            for split, each in encoded.items()
+        },
         rows=[
             RenderedRow(each.row, render_row(sequence, tokenizer=tokenizer, groups=groups))
             for each in data.train.examples[:rows]

@@ -76,7 +76,7 @@ def test_the_report_as_json(reft, spec):
     found = reft("check", spec, "--json", "--rows", 2).json
     assert found["steps"] == 9 and found["model"]["trainable_parameters"] == 390
     assert [row["row"] for row in found["rows"]] == [1, 2]
-    assert found["data"]["train"]["counts"]["used"] == 6 and len(found["warnings"]) == 2
+    assert found["data"]["train"]["counts"]["used"] == 6 and len(found["warnings"]) == 3
 
 
 def test_without_the_weights(reft, spec, monkeypatch):

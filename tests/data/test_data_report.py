@@ -63,6 +63,16 @@ def test_every_warning_is_a_sentence():
     ]
 
 
+def test_scored_rows_that_are_learned_from_are_counted():
+    """A test file that is the training file, in whole or in part, gave a good score and no warning."""
+    texts = [("a", "b"), ("a", "c"), ("ab", ""), ("", "ab"), ("a", "b")]
+    rows = [Example([1, 2], 1, None, prompt, answer, row) for row, (prompt, answer) in enumerate(texts, start=1)]
+    found = report(encoded(rows), positions=Positions.parse("f1"), training=encoded([rows[0], rows[3]]))
+    assert found.learned == Notice(3, 1)
+    assert found.warnings == ["train.jsonl: 3 of 5 rows stand among the training rows too (first: row 1)"]
+    assert report(encoded(rows), positions=Positions.parse("f1")).learned == Notice()
+
+
 def test_good_data_have_no_warnings():
     assert report(encoded([example(1, 14, 1)]), positions=Positions.parse("f7+l7")).warnings == []
 

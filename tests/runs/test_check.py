@@ -54,6 +54,11 @@ def test_a_model_too_large_to_try_on_a_cpu_is_not_timed(make_spec: MakeSpec, mon
     assert model is not None and model.estimate.seconds is None
 
 
+def test_rows_that_are_learned_from_are_told_of_where_they_are_scored(make_spec: MakeSpec, data_dir: Path):
+    report = runs.check(make_spec(f"data.test={data_dir}/train.jsonl"), with_model=False)
+    assert f"{data_dir}/train.jsonl: 20 of 20 rows stand among the training rows too (first: row 1)" in report.warnings
+
+
 def test_problems_of_training_come_here_too(make_spec: MakeSpec):
     with pytest.raises(ModelError, match="layer 9 does not exist"):
         runs.check(make_spec("intervention.layers=[9]"))
