@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from reft_cli.data.download import shared_cache
 from reft_cli.data.encode import Counts, Encoded, Notice
 from reft_cli.data.examples import Examples
 
@@ -52,11 +53,8 @@ def cache_folder() -> Path | None:
     given = os.environ.get(VARIABLE, "")
     if given == OFF:
         return None
-    shared = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        if given:
-            return Path(given).expanduser().absolute()
-        return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "reft"
+        return Path(given).expanduser().absolute() if given else shared_cache()
     except RuntimeError:  # a user without a home
         return None
 

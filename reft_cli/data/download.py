@@ -17,15 +17,19 @@ SECONDS = 60  # without a byte
 
 def fetch(address: str) -> Path:
     """The file at an address. DataError: it cannot be had, or HF_HUB_OFFLINE=1 and it was never downloaded."""
-    path = cache() / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rpartition('/')[2]}"
+    try:
+        folder = shared_cache() / "downloads"
+    except RuntimeError as error:
+        raise DataError(f"{address}: there is no home folder to keep it below; set XDG_CACHE_HOME") from error
+    path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rpartition('/')[2]}"
     if path.exists():
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise DataError(f"{address}: was never downloaded, and HF_HUB_OFFLINE is set; give a copy (data.folder)")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / "part"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            part = Path(place) / "part"
             with urllib.request.urlopen(address, timeout=SECONDS) as response, part.open("wb") as file:
                 if not response.url.startswith("https://"):
                     raise DataError(f"{address}: leads to {response.url}, which is no https address")
@@ -36,6 +40,7 @@ def fetch(address: str) -> Path:
     return path
 
 
-def cache() -> Path:
-    """Where downloads are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "reft" / "downloads"
+def shared_cache() -> Path:
+    """`reft` in $XDG_CACHE_HOME, which counts if it is absolute, or ~/.cache. RuntimeError: a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "reft"

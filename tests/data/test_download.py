@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_cli.data.download import cache, fetch
+from reft_cli.data.download import fetch, shared_cache
 from reft_cli.errors import DataError
 
 ADDRESS = "https://example.org/data/rows.jsonl"
@@ -42,7 +42,7 @@ def test_a_file_is_downloaded_once(answers: list, tmp_path: Path, monkeypatch: p
     answers.append(b"rows")
     path = fetch(ADDRESS)
     assert path.read_bytes() == b"rows" and path.name.endswith("-rows.jsonl")
-    assert path.parent == cache() == tmp_path / "reft/downloads"
+    assert path.parent == shared_cache() / "downloads" == tmp_path / "reft/downloads"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fetch(ADDRESS) == path and not answers
     assert list(path.parent.iterdir()) == [path]
@@ -62,7 +62,7 @@ def test_what_cannot_be_had(answers: list, error: Exception, text: str):
     with pytest.raises(DataError) as caught:
         fetch(ADDRESS)
     assert str(caught.value) == f"{ADDRESS}: cannot be downloaded: {text}"
-    assert not list(cache().iterdir())
+    assert not list((shared_cache() / "downloads").iterdir())
 
 
 def test_offline_nothing_is_asked_for(answers: list, monkeypatch: pytest.MonkeyPatch):
@@ -89,4 +89,17 @@ def test_half_a_download_is_not_kept(answers: list):
     answers.append(Broken(b"rows"))
     with pytest.raises(DataError, match="connection reset"):
         fetch(ADDRESS)
-    assert not list(cache().iterdir())
+    assert not list((shared_cache() / "downloads").iterdir())
+
+
+def test_a_relative_cache_is_none_and_a_home_is_needed(answers: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert shared_cache() == tmp_path / "home/.cache/reft"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(DataError, match=r"there is no home folder to keep it below; set XDG_CACHE_HOME$"):
+        fetch(ADDRESS)
