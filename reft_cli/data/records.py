@@ -93,6 +93,10 @@ class Rows:
             None if self.sources is None else of(self.sources),
         )
 
+    def first(self, count: int | None) -> Rows:
+        """So many rows from the beginning; all for None."""
+        return self if count is None else self.take(range(min(count, len(self))))
+
     @cached_property
     def columns(self) -> list[str]:
         """Every column that a row has, in the order of appearance."""
@@ -119,8 +123,7 @@ def read_rows(source: Source) -> Rows:
         rows = _read_hub(source)
     else:
         raise _missing(source.path)
-    if source.limit is not None:
-        rows = rows.take(range(min(source.limit, len(rows))))
+    rows = rows.first(source.limit)
     if not rows.rows:
         raise DataError(f"{rows.name}: no rows{f' in split {source.split}' if source.split else ''}")
     return rows

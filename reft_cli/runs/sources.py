@@ -59,12 +59,13 @@ def _first(rows: Rows, limit: int | None) -> Rows:
 def _read(data: DataSpec, split: str, *, seed: int, limit: int | None) -> Rows:
     given = getattr(data, split)
     if not isinstance(given, list):
-        return _rows_of_source(data, given, split, seed=seed, limit=limit, own=data.has_own_templates)
-    parts = [
-        (name, _rows_of_source(data, source, split, seed=seed, limit=limit, own=data.has_own_templates))
-        for name, source in zip(_names(given), given, strict=True)
-    ]
-    return mix(parts)
+        return _rows_of_source(data, _source_spec(given), split, seed=seed, limit=limit)
+    parts = [_rows_of_source(data, source, split, seed=seed, limit=limit) for source in given]
+    return mix(list(zip(_names(given), parts, strict=True)))
+
+
+def _source_spec(given: str | SourceSpec) -> SourceSpec:
+    return SourceSpec(path=given) if isinstance(given, str) else given
 
 
 def template_of(data: DataSpec) -> str | Inline | None:
@@ -86,15 +87,13 @@ def _check_split(data: DataSpec, split: str) -> None:
         raise SpecError(f"data.{split}: missing; name a file, a folder, a hub id or bundled:NAME/SPLIT")
 
 
-def source_of(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
+def source_of(data: DataSpec, given: SourceSpec, split: str) -> Source:
     """Where the rows of a source of a split come from. SpecError: the spec does not say, or they are training rows."""
-    if isinstance(given, str):
-        return Source(path=given, split=None if names_a_split(given) else split)
     path = _local(data.folder, given.local, given.split or split) if data.folder and given.local else given.path
     if path is None:
-        train = data.train
-        path = train.path if isinstance(train, SourceSpec) else train if isinstance(train, str) else None
-        _check_other_rows(data, given, split)
+        train = _source_spec(data.train) if isinstance(data.train, str | SourceSpec) else None
+        path = None if train is None else train.path
+        _check_other_rows(train, given, split)
     if path is None:
         raise SpecError(f"data.{split}.path: missing, and data.train has none either")
     named = names_a_split(path)
@@ -110,10 +109,9 @@ def source_of(data: DataSpec, given: str | SourceSpec, split: str) -> Source:
     )
 
 
-def _check_other_rows(data: DataSpec, given: SourceSpec, split: str) -> None:
+def _check_other_rows(train: SourceSpec | None, given: SourceSpec, split: str) -> None:
     """SpecError: a source without a path of its own would have the rows that `data.train` has, or some of them."""
-    train = SourceSpec(path=data.train) if isinstance(data.train, str) else data.train
-    if not isinstance(train, SourceSpec) or split == "train":
+    if train is None or split == "train":
         return
     one_split = train.path is not None and names_a_split(train.path)  # then only slices tell its parts apart
     ours, theirs = given.split or split, train.split or "train"
@@ -141,25 +139,19 @@ def _slice(split: str | None) -> str | None:
     return bracket + rest or None
 
 
-def _rows_of_source(
-    data: DataSpec, given: str | SourceSpec, split: str, *, seed: int, limit: int | None, own: bool
-) -> Rows:
+def _rows_of_source(data: DataSpec, given: SourceSpec, split: str, *, seed: int, limit: int | None) -> Rows:
     rows = read_rows(source_of(data, given, split))
-    if isinstance(given, SourceSpec):
-        if given.share is not None:
-            rows = draw(rows, share=given.share, seed=seed, rest=given.rest)
-            rows = rows.take(range(min(given.limit or len(rows), len(rows))))
-        if given.weight != 1:
-            rows = repeat(rows, weight=given.weight, seed=seed)
-    if limit is not None:
-        rows = rows.take(range(min(limit, len(rows))))
-    return _rendered(rows, data, given) if own else rows
+    if given.share is not None:
+        rows = draw(rows, share=given.share, seed=seed, rest=given.rest).first(given.limit)
+    if given.weight != 1:
+        rows = repeat(rows, weight=given.weight, seed=seed)
+    rows = rows.first(limit)
+    return _rendered(rows, data, given) if data.has_own_templates else rows
 
 
-def _rendered(rows: Rows, data: DataSpec, given: str | SourceSpec) -> Rows:
+def _rendered(rows: Rows, data: DataSpec, given: SourceSpec) -> Rows:
     """Rows as prompt, completion and reference, by the source's own template or by `data.template`."""
-    own = given.template if isinstance(given, SourceSpec) else None
-    chosen = own or (data.template if isinstance(data.template, TemplateSpec) else None)
+    chosen = given.template or (data.template if isinstance(data.template, TemplateSpec) else None)
     if chosen is None or chosen.completion is None:
         raise SpecError(
             Problem(
