@@ -49,6 +49,10 @@ def test_sizes_are_few_and_not_much_larger(count: int):
     assert rounded(size) == size
 
 
+def test_there_are_few_sizes():
+    assert len({rounded(count) for count in range(1, 100_001)}) == 121
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
 def test_loss_and_gradients_are_those_of_the_batch(family: str):
     positions = Positions.parse("f3+l2")

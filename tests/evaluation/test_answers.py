@@ -20,8 +20,8 @@ def test_an_answer_is_known_by_what_decides_it(tmp_path: Path):
     request = Request([5, 6, 7])
     store = AnswerStore(tmp_path / "a.jsonl", settings="greedy")
     store.add(request, ANSWER)
+    again = AnswerStore(tmp_path / "a.jsonl", settings="greedy")  # while the other one is open, as after a kill
     store.close()
-    again = AnswerStore(tmp_path / "a.jsonl", settings="greedy")
     assert again.known[again.key(request)] == ANSWER
     for other in (replace(request, member=0), replace(request, sample=1), replace(request, prompt=[5, 6])):
         assert again.key(other) not in again.known

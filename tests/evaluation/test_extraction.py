@@ -119,6 +119,7 @@ def test_rules_of_the_user():
     assert yes.find("NO, yes") == "NO"
     assert Extraction(pattern=r"x(y)?").find("x") == "x"
     assert Extraction(after=":", pattern=r"\w+").find("a: b: c") == "b"
+    assert Extraction(after=":", remove=("!",)).find("a: b : c!\n") == "b : c"
 
 
 def test_scores_of_several_sources_are_their_plain_mean():
