@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Literal
 
 import torch
@@ -135,6 +136,7 @@ def find_target(blocks: Blocks, layer: int, component: str) -> Target:
         for path in PATHS[component]:
             module = _submodule(block, path)
             if module is not None:
+                _check_adds(module, component, f"{where}.{path}", end)
                 return Target(module, end, f"{where}.{path}")
     else:
         path, _, named_end = component.rpartition(".")
@@ -146,6 +148,15 @@ def find_target(blocks: Blocks, layer: int, component: str) -> Target:
         f"intervention.component: `{component}` is not in {where} ({type(block).__name__}); write one of "
         f"{', '.join(COMPONENTS)}, or a module with .input or .output; modules here: {', '.join(modules)}"
     )
+
+
+def _check_adds(module: nn.Module, component: str, path: str, end: str) -> None:
+    """ModelError: what comes out of a sub-layer is not what it adds to the stream, as in BLOOM, but the sum."""
+    if end == "output" and "residual" in signature(module.forward).parameters:
+        raise ModelError(
+            f"intervention.component: {path} ({type(module).__name__}) gives back the residual stream with what it "
+            f"adds to it, so there is no {component} to edit; write block_output"
+        )
 
 
 def _submodule(block: nn.Module, path: str) -> nn.Module | None:

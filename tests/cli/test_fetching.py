@@ -2,6 +2,7 @@
 
 import pytest
 
+from reft_cli.cli import console
 from reft_cli.cli.fetching import tell_of_fetching
 from reft_cli.spec.schema import ModelSpec
 
@@ -9,6 +10,7 @@ from reft_cli.spec.schema import ModelSpec
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A cache that holds `org/here`, and a hub that may be asked."""
+    console.reset([])
     snapshot = tmp_path / "models--org--here" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BloomConfig, MptConfig, T5Config, T5ForConditionalGeneration
 
 from reft_cli.errors import ModelError
 from reft_cli.layers import COMPONENTS
@@ -69,3 +69,16 @@ def test_encoder_decoder_is_refused_in_one_line():
     config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ModelError, match=r"is an encoder-decoder, which is not supported; decoders .* and encoders"):
         find_blocks(T5ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_a_sub_layer_that_adds_the_stream_itself_is_no_component(family: str):
+    """Its output was taken for what it adds; and narrowed to the answers' rows, it was added to all of them."""
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4} if family == "bloom" else {"d_model": 32, "n_layers": 2}
+    config = {"bloom": BloomConfig, "mpt": MptConfig}[family](vocab_size=64, **sizes)
+    blocks = find_blocks(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(
+        ModelError, match=r"gives back the residual stream .* no mlp_output to edit; write block_output"
+    ):
+        find_target(blocks, 0, "mlp_output")
+    assert find_target(blocks, 1, "block_output").module is blocks.modules[1]
