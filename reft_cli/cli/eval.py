@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -67,25 +65,24 @@ def evaluate(
 ) -> None:
     """Score a run on a split, or on tasks of lm-evaluation-harness."""
     gates = [_gate(text, of_tasks=tasks is not None) for text in fail_under]
-    which = _which(base=base, compare=compare_base)
     decoding = _decoding(sets, compile=compile)
-    _share_out(processes, device=device, device_map=device_map, tasks=tasks)
-    with importing():
-        from reft_cli import runs
-
-    common = _Common(checkpoint, limit, batch_size, which, device, device_map, model, trust_remote_code)
     if tasks is None:
         _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
-        what: dict[str, Any] = {"data": data, "split": split or "test", "loss": loss}
-        what["generation"] = decoding
-        score = partial(runs.evaluate, run, **what, **asdict(common))
+        what: dict[str, Any] = {"data": data, "split": split or "test", "loss": loss, "generation": decoding}
     else:
         refused = {"--data": data, "--split": split, "--compile": compile, "--set": sets, "--loss": loss}
         names = _names(tasks, refused)
         what = {"tasks": names, "folder": task_folder, "few_shot": few_shot, "chat": chat}
-        score = partial(runs.evaluate_tasks, run, **what, **asdict(common))
+    which = _which(base=base, compare=compare_base)
+    what |= {"checkpoint": checkpoint, "limit": limit, "batch_size": batch_size, "base": which, "device": device}
+    what |= {"device_map": device_map, "model": model, "trust_remote_code": trust_remote_code}
+    _share_out(processes, device=device, device_map=device_map, tasks=tasks)
+    with importing():
+        from reft_cli import runs
+
+    score: Callable[..., EvalReport] = runs.evaluate if tasks is None else runs.evaluate_tasks
     with progress() as observer:
-        report = score(observer=observer)
+        report = score(run, observer=observer, **what)
     if as_json:
         console.result_json(report.to_dict())
     else:
@@ -116,20 +113,6 @@ def _share_out(processes: int | None, *, device: str | None, device_map: str | N
     outcome = as_several(processes or (1 if alone else "auto"), device=device or "auto")
     if outcome is not None:
         raise SystemExit(outcome.code)
-
-
-@dataclass(frozen=True)
-class _Common:
-    """Flags that rows and tasks share."""
-
-    checkpoint: str | None
-    limit: int | None
-    batch_size: int | None
-    base: Base
-    device: str | None
-    device_map: str | None
-    model: str | None
-    trust_remote_code: bool
 
 
 def _names(tasks: str, flags: Mapping[str, object]) -> list[str]:
