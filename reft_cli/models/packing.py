@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_cli.models.attention import SHARED_HEAD, NotPackable, attending
+from reft_cli.models.blocks import find_blocks
 from reft_cli.models.placement import entry_device
 
 HEAD = [20, 21, 22, 23, 24, 25, 26, 27, 28]  # of two sequences that share it
@@ -45,7 +46,17 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     be those it has alone, and the second one's logits must have no gradient to the first. A deep model in half
     precision gives other numbers whenever other kernels run, so what padding changes is measured too.
     """
+    longest = _masked(model)
+    if longest is not None:
+        return f"its attention has a mask of its own, of {longest:,} tokens, and a packed row has more"
     return _why_not(model, [], how="when sequences are packed")
+
+
+def _masked(model: PreTrainedModel) -> int | None:
+    """Tokens of a square mask that the blocks hold, as GPT-Neo's do; what is tried here is shorter than that."""
+    held = (buffer for block in find_blocks(model).modules for buffer in block.buffers())
+    masks = (each for each in held if each.dtype == torch.bool and each.ndim > 1 and each.shape[-1] == each.shape[-2])
+    return next((each.shape[-1] for each in masks if each.shape[-1] > 1), None)
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:

@@ -18,6 +18,17 @@ def test_packing_is_known_by_trying(family: str):
     assert reason == ("its attention uses softcap" if family == "gemma2" else None)
 
 
+def test_a_mask_of_a_fixed_size_is_not_packed():
+    """GPT-Neo's masks end at its longest sequence; a row that was longer ended training in an internal error."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=48,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    reason = "its attention has a mask of its own, of 48 tokens, and a packed row has more"
+    assert why_not_packed(model) == reason
+
+
 def test_rounding_is_not_taken_for_a_wrong_mask():
     model = transformers.AutoModelForCausalLM.from_config(config_of("llama")).eval().to(torch.bfloat16)
     assert why_not_packed(model.requires_grad_(False)) is None
