@@ -18,6 +18,10 @@ from reft_cli.errors import ModelError
 from reft_cli.layers import COMPONENTS, parse_layers
 from reft_cli.models.placement import entry_device
 
+ENCODER_DECODER = (
+    "encoder-decoder, which is not supported; "
+    "decoders (Llama, Qwen, GPT-2, …) and encoders (BERT, RoBERTa, DeBERTa, …) are"
+)
 # component -> paths inside a block, most specific first; the first one that exists is taken
 PATHS: dict[str, tuple[str, ...]] = {
     "attention_output": (
@@ -73,10 +77,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder, which is not supported; "
-            "decoders (Llama, Qwen, GPT-2, …) and encoders (BERT, RoBERTa, DeBERTa, …) are"
-        )
+        raise ModelError(f"{type(model).__name__} is an {ENCODER_DECODER}")
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside_another = any(path.startswith(f"{outer}.") for outer in lists)

@@ -29,6 +29,7 @@ from transformers import (
 
 from reft_cli import bundled
 from reft_cli.errors import ModelError, first_line
+from reft_cli.models.blocks import ENCODER_DECODER
 from reft_cli.models.float8 import to_float8, why_no_float8
 from reft_cli.models.low_bit import KINDS, quantization_config, true_shape
 from reft_cli.models.placement import is_spread, spreading
@@ -181,6 +182,8 @@ def _float_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> tuple[BaseModel, list[str]]:
     """The model, and the names of parameters that its files lack, which are random."""
     config = load_config(source)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source.name} is an {ENCODER_DECODER}")
     for key, value in overrides.items():
         setattr(config, key, value)
     if not source.dropout:
@@ -269,13 +272,13 @@ def _explain(source: BaseSource, error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{name}: {first_line(error)}"
     if "Unrecognized configuration class" in text:
-        return f"{name}: its architecture has no head of this kind in transformers; is it a {_kinds()}?"
+        if "SequenceClassification" in text:
+            return (
+                f"{name}: transformers has no head for whole texts of this kind; task.kind: causal_lm writes the answer"
+            )
+        return f"{name}: this architecture does not write; for an encoder write task.kind: classification or regression"
     if "onnect" in text or "offline" in text.lower() or "cached files" in text:
         return f"{name}: not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
     if "not a valid model identifier" in text or "404" in text or "Repository Not Found" in text:
         return f"{name}: neither a local folder nor a model on the hub"
     return f"{name}: cannot be loaded: {first_line(error)}"
-
-
-def _kinds() -> str:
-    return "decoder (causal_lm) or an encoder (classification, regression)"

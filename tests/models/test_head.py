@@ -65,3 +65,19 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path: Path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"its files lack model\.layers\.3\.\S+ and 8 more, which are not"):
         load_classifier(BaseSource(str(tmp_path), device="cpu"), outputs=3, pad_token_id=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "causal", "said"),
+    [
+        (transformers.T5Config(), True, r"is an encoder-decoder, which is not supported; decoders \(Llama"),
+        (transformers.T5Config(), False, r"is an encoder-decoder, which is not supported"),
+        (config_of("deberta_v2"), True, r"this architecture does not write; for an encoder write task\.kind: class"),
+        (transformers.CohereConfig(), False, r"no head for whole texts of this kind; task\.kind: causal_lm writes the"),
+    ],
+)
+def test_an_architecture_that_cannot_do_the_task(tmp_path: Path, config, causal: bool, said: str):
+    config.save_pretrained(tmp_path)
+    source = BaseSource(str(tmp_path), device="cpu")
+    with pytest.raises(ModelError, match=said):
+        load_causal_lm(source) if causal else load_classifier(source, outputs=2, pad_token_id=1, seed=0)
