@@ -21,3 +21,9 @@ def test_an_encoder_does_unless_it_is_set_up_as_a_decoder(dtype: torch.dtype):
     assert sees_ahead(transformers.BertLMHeadModel(config).eval().to(dtype))
     config.is_decoder = True
     assert not sees_ahead(transformers.BertLMHeadModel(config).eval().to(dtype))
+
+
+def test_what_is_not_a_number_is_no_sign_of_it():
+    model = transformers.AutoModelForCausalLM.from_config(config_of("llama")).eval()
+    model.lm_head.weight.data.fill_(torch.nan)
+    assert not sees_ahead(model)
