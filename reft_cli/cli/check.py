@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_cli.cli import console, options, progress
+from reft_cli.cli.beside import looking_beside
 from reft_cli.cli.fetching import tell_of_fetching
 from reft_cli.cli.importing import importing
 
@@ -46,7 +47,8 @@ def check(
         from reft_cli import runs
 
     tell_of_fetching(loaded.spec.model)
-    report = runs.check(loaded, with_model=not no_model, rows=rows)
+    with looking_beside(spec):
+        report = runs.check(loaded, with_model=not no_model, rows=rows)
     flags = shlex.join(part for each in sets for part in ("--set", each))
     report = replace(report, next_command=f"{report.next_command} {flags}".rstrip())
     if as_json:

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from reft_cli.cli import console, options
+from reft_cli.cli.beside import looking_beside
 from reft_cli.cli.fetching import tell_of_fetching
 from reft_cli.cli.importing import importing
 from reft_cli.cli.processes import as_several
@@ -97,7 +98,7 @@ def train(
 
     tell_of_fetching(loaded.spec.model)
     try:
-        with progress() as observer:
+        with looking_beside(spec), progress() as observer:
             done = runs.train(loaded, output=output, name=name, resume=resume, overwrite=overwrite, observer=observer)
     except Interrupted as stopped:
         words = resume_command(spec, sets, name=name, output=output, max_steps=max_steps)

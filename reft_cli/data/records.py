@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from reft_cli import bundled
 from reft_cli.data.download import fetch
-from reft_cli.errors import DataError, first_line, reason_of
+from reft_cli.errors import DataError, Problem, first_line, reason_of
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -38,7 +38,11 @@ LONGEST_FIELD = 1 << 30  # characters in a CSV field; Python's own limit of 131,
 
 
 class NoSuchFile(DataError):
-    """There is nothing at a path."""
+    """There is nothing at the `given` path."""
+
+    def __init__(self, *problems: Problem | str, given: str) -> None:
+        super().__init__(*problems)
+        self.given = given
 
 
 @dataclass(frozen=True)
@@ -398,13 +402,13 @@ def _decoded(content: bytes, place: str, *, first: bool) -> str:
 def _missing(given: str) -> NoSuchFile:
     path = Path(os.path.expanduser(given))
     if not os.path.isdir(path.parent):
-        return NoSuchFile(f"{given}: no such file; there is no folder {path.parent}")
+        return NoSuchFile(f"{given}: no such file; there is no folder {path.parent}", given=given)
     there = sorted(file.name for file in path.parent.iterdir() if file.suffix in READERS or file.is_dir())
     near = get_close_matches(path.name, there, n=1)
     if near:
-        return NoSuchFile(f"{given}: no such file; did you mean `{path.parent / near[0]}`?")
+        return NoSuchFile(f"{given}: no such file; did you mean `{path.parent / near[0]}`?", given=given)
     return NoSuchFile(
-        f"{given or 'path'}: no such file; there is {', '.join(there[:8]) or 'no data file in its folder'}"
+        f"{given or 'path'}: no such file; there is {', '.join(there[:8]) or 'no data file in its folder'}", given=given
     )
 
 

@@ -97,6 +97,17 @@ def test_where_the_memory_goes(reft, spec):
     assert not any(line.strip().startswith("of it") for line in reft("check", spec, "--rows", 0).out.splitlines())
 
 
+@pytest.mark.parametrize("command", [["check"], ["train", "--max-steps", "1"]])
+def test_data_beside_a_spec_that_is_elsewhere(reft, spec, tmp_path, monkeypatch, command):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = reft(*command, "../s.yaml")
+    hint = "Paths count from where reft is started, and there is ../train.jsonl; start it in .."
+    assert done.code == 3 and done.err.startswith("train.jsonl: no such file; ") and done.err.endswith(f"\n  {hint}\n")
+    (tmp_path / "train.jsonl").unlink()
+    assert "Paths count" not in reft(*command, "../s.yaml").err
+
+
 def test_of_many_classes_the_first_are_counted(reft, spec):
     rows = [{"text": f"say {number}", "label": number % 30} for number in range(60)]
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
