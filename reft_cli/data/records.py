@@ -400,6 +400,8 @@ def _decoded(content: bytes, place: str, *, first: bool) -> str:
 
 
 def _missing(given: str) -> NoSuchFile:
+    if re.fullmatch(r"\d+(\.\d+)?%", given):
+        return NoSuchFile(f"{given}: no such file; a fraction is written {float(given[:-1]) / 100:g}", given=given)
     path = Path(os.path.expanduser(given))
     if not os.path.isdir(path.parent):
         return NoSuchFile(f"{given}: no such file; there is no folder {path.parent}", given=given)

@@ -90,6 +90,11 @@ def test_places_are_lines_where_there_are_lines(tmp_path):
     assert [rows.where(0), rows.where(1)] == [f"{tmp_path}/rows.csv:2", f"{tmp_path}/rows.csv:4"]
 
 
+def test_a_percentage_is_no_file():
+    with pytest.raises(DataError, match=r"^2\.5%: no such file; a fraction is written 0\.025$"):
+        read_rows(Source("2.5%"))
+
+
 def test_a_bundled_split_has_one_name():
     assert read_rows(Source("bundled:reviews", split="test", limit=1)).name == "bundled:reviews/test"
 
