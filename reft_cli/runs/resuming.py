@@ -28,7 +28,7 @@ FREE = (
     "log",
     "parallel",
     "checkpoint",
-    "evaluation",
+    "evaluation.every",  # and not its limit, which says what scores are of
     "generation",
     "model.device",
     "model.device_map",

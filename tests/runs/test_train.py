@@ -196,6 +196,9 @@ def test_resume_from_a_step(make_spec: MakeSpec, tmp_path: Path):
 
 def test_resume_refuses_what_would_change_the_result(make_spec: MakeSpec, tmp_path: Path, observer):
     train(make_spec("train.max_steps=2"), tmp_path / "run")
+    limited = make_spec("evaluation.limit=2")  # scores of other rows; it was said that the rows themselves had changed
+    with pytest.raises(SpecError, match=r"was begun with other settings.*evaluation\.limit: None -> 2"):
+        train(limited, tmp_path / "run", resume="last")
     with pytest.raises(SpecError, match=r"was begun with other settings.*train\.learning_rate: 0\.01 -> 0\.02"):
         train(make_spec("train.learning_rate=0.02"), tmp_path / "run", resume="last")
     train(make_spec("checkpoint.keep=3"), tmp_path / "run", resume="last", observer=observer)
