@@ -154,6 +154,13 @@ def test_what_was_generated_after_a_stop_text_or_an_end_does_not_count():
     assert endings.answer(tokens) == Answer("ab", 2, False)
 
 
+def test_a_stop_text_is_seen_when_it_is_completed_and_not_again():
+    endings, tokens = Endings(frozenset(), ("stop",), TOKENIZER), TOKENIZER.encode("a stop")
+    assert endings.stopped(tokens, new=1) and endings.stopped([*tokens, 9, 9], new=3)
+    assert not endings.stopped(tokens[:-1], new=5) and not endings.stopped(tokens, new=0)
+    assert not endings.stopped([*tokens, *[9] * 20], new=1)
+
+
 def test_an_answer_ends_with_the_token_that_completes_a_stop_text():
     serving = decoder()
     endings = Endings(frozenset({0}), (), TOKENIZER)
