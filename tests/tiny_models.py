@@ -49,7 +49,7 @@ def config_of(family: str) -> transformers.PretrainedConfig:
     name, values = (DECODERS | ENCODERS)[family]
     config = getattr(transformers, f"{name}Config")(**values, **TOKENS)
     for key, value in config.to_dict().items():
-        if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
+        if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
 

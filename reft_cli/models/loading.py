@@ -188,7 +188,7 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> tuple[Ba
         setattr(config, key, value)
     if not source.dropout:
         for key, value in config.to_dict().items():
-            if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
+            if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
     device = pick_device(source.device)
     reason = why_no_float8(device) if source.quantization == "float8" else None
