@@ -69,3 +69,11 @@ def test_what_draws_or_writes_is_left_alone():
     before = len(traced.graph.nodes)
     merge_same(traced.graph)
     assert len(traced.graph.nodes) == before
+
+
+def test_what_writes_is_left_alone_also_where_its_arguments_are_the_same():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(tuple(graph.call_function(torch.ops.aten.add_.Scalar, (x, 1)) for _ in range(2)))
+    merge_same(graph)
+    assert len(graph.nodes) == 4
