@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from reft_cli.data.batch import Layout
@@ -52,8 +53,9 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     steps = Order(len(examples), batch, spec.train.seed).steps(spec.train.epochs, spec.train.max_steps)
     operations = model.operations_a_token() * tokens_of(examples, global_batch_size=batch, steps=steps)
     _check_offloading(model, spec)
-    _check_causal(model, spec)
-    layout, layout_reason = _choose_layout(model, spec)
+    with _in_little_memory(model):
+        _check_causal(model, spec)
+        layout, layout_reason = _choose_layout(model, spec)
     compiled, compile_reason = _choose_compiling(model, spec, operations)
     recorded, record_reason = False, None
     if spec.parallel.shard:
@@ -84,6 +86,21 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
         shared,
         share_reason,
     )
+
+
+@contextmanager
+def _in_little_memory(model: IntervenedModel) -> Iterator[None]:
+    """Inside, passes through a base whose weights are fetched let go of them block by block, as in training."""
+    if not is_offloaded(model.base_model):
+        yield
+        return
+    model.train()
+    model.checkpoint_activations(True)
+    try:
+        yield
+    finally:
+        model.checkpoint_activations(False)
+        model.eval()
 
 
 def _check_offloading(model: IntervenedModel, spec: Spec) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import PreTrainedModel
 
 from reft_cli import runs
 from reft_cli.errors import ModelError, ReftError, SpecError
 from reft_cli.models import placement
 from reft_cli.runfolder import RunFolder
+from reft_cli.runs import execution
 from reft_cli.spec.load import LoadedSpec, load_spec
 from reft_cli.training.observer import NullObserver
 
@@ -41,6 +43,20 @@ def test_it_trains_resumes_and_answers_like_a_whole_one(spread: Path, tmp_path: 
     assert reasons == ["the base lies on several devices"] * 2 and not record["compiled"]
     more = spec_of("spread.yaml", "train.max_steps=4")
     assert runs.train(more, output=other, resume="last", observer=QUIET).step == 4  # where it lies is free
+
+
+def test_what_is_tried_of_it_keeps_no_fetched_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen, plain = [], execution.why_not_packed
+
+    def trying(base: PreTrainedModel) -> str | None:
+        checkpointed = any(getattr(each, "gradient_checkpointing", False) for each in base.modules())
+        seen.append((checkpointed, base.training))
+        return plain(base)
+
+    monkeypatch.setattr(execution, "why_not_packed", trying)
+    runs.train(spec_of("spread.yaml", "train.max_steps=1"), output=tmp_path / "run", observer=QUIET)
+    runs.train(spec_of("tiny.yaml", "model.device=cpu", "train.max_steps=1"), output=tmp_path / "b", observer=QUIET)
+    assert seen == [(True, True), (False, False)]
 
 
 @pytest.mark.parametrize("prompt", ["The film was bad.", "I loved this restaurant."])
