@@ -11,6 +11,7 @@ from reft_cli.errors import DataError, SpecError
 from reft_cli.evaluation import requests as module
 from reft_cli.evaluation.requests import Continuation, Requests
 from reft_cli.generation.decode import Decoder
+from reft_cli.generation.settings import Answer, Decoding
 from reft_cli.models.build import build_intervened
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import CausalLM
@@ -218,3 +219,30 @@ def test_first_tokens_stand_once():
     plain = answering.ids("ab", special=False)
     assert answering.ids("ab", special=True) == [0, *plain]
     assert answering.ids("<eos>ab", special=True) == [0, *plain]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, Decoding(max_new_tokens=256)),
+        ({"temperature": 0.6, "max_gen_toks": 3}, Decoding(max_new_tokens=3, temperature=0.6)),
+        ({"temperature": 0.6, "do_sample": False}, Decoding(max_new_tokens=256)),
+        ({"do_sample": True, "until": "x"}, Decoding(max_new_tokens=256, temperature=1.0, stop=("x",))),
+        ({"temperature": 0, "until": ["a", "", "b"], "top_p": None}, Decoding(max_new_tokens=256, stop=("a", "b"))),
+        (
+            {"max_tokens": 9, "min_new_tokens": 1, "top_p": 0.5, "top_k": 4, "num_beams": 2, "use_cache": True}
+            | {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+            Decoding(9, 1, top_p=0.5, top_k=4, beams=2, repetition_penalty=1.5, no_repeat_ngram_size=3),
+        ),
+    ],
+)
+def test_a_task_s_settings_are_ours_by_other_names(settings, wanted, monkeypatch):
+    def answer_all(_, prompts, *, decoding, batch_size):
+        seen.append(decoding)
+        return [Answer("", 0, True)] * len(prompts)
+
+    seen = []
+    monkeypatch.setattr(module, "answer_all", answer_all)
+    monkeypatch.setattr(Requests, "max_length", 512)
+    requests().generate(["a"], [settings])
+    assert seen == [wanted]
