@@ -40,7 +40,13 @@ def test_component_has_the_width_that_flows_there(family: str, component: str):
 
 @pytest.mark.parametrize(
     ("component", "width"),
-    [("mlp.down_proj.input", 48), ("self_attn.q_proj.output", 32), ("mlp.act_fn.output", 48), ("self_attn.input", 32)],
+    [
+        ("mlp.down_proj.input", 48),
+        ("mlp.down_proj.output", 32),
+        ("self_attn.k_proj.output", 16),
+        ("mlp.act_fn.output", 48),
+        ("self_attn.input", 32),
+    ],
 )
 def test_any_module_path_is_a_component(component: str, width: int):
     model = base_of("llama").model
