@@ -43,9 +43,9 @@ def rows(count: int = 7) -> Examples:
 ROWS = rows()
 
 
-def intervened() -> IntervenedModel:
+def intervened(layers: str = "all") -> IntervenedModel:
     return build_intervened(
-        base_of("llama"), method="loreft", layers="all", component="block_output",
+        base_of("llama"), method="loreft", layers=layers, component="block_output",
         positions=Positions.parse("f2+l2"), tied=True, rank=2, init="paper", dropout=0.0, dropout_on="delta", seed=0,
     )  # fmt: skip
 
@@ -230,6 +230,15 @@ def test_the_best_score_is_saved_and_marked_and_patience_counts_from_it(
     left = loop.progress
     assert (left.best_score, left.best_step) == (scores[best[-1] - 1], best[-1])
     assert left.bad_validations == len(scores) - best[-1]
+
+
+def test_kept_activations_are_taken_from_the_second_epoch_on():
+    """The first block, which no edit reaches, runs in the two steps of the first of three epochs only."""
+    model, watching, ran = intervened("1;2"), Watching(), []
+    loop = trainer(model, watching, cached=True)
+    with model, model.base_model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(loop.progress.step)):
+        loop.run({})
+    assert set(ran) == {0, 1} and loop.progress.step == 6
 
 
 @pytest.mark.parametrize(
