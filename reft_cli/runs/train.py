@@ -361,7 +361,10 @@ class _Work:
             trainer.resume(start.progress, start.tensors)
         except (TypeError, KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{start.checkpoint.path}: its training state does not fit: {error}") from error
-        self.observer.on_message("info", f"going on from step {start.progress.step} of {trainer.steps}")
+        step, steps = start.progress.step, trainer.steps
+        done = f"step {step} is reached already, {steps} were asked for: nothing is left to train"
+        said = f"going on from step {step} of {steps}" if step < steps else done
+        self.observer.on_message("info", said)
 
     def _finish(self, progress: Progress, reason: str) -> TrainResult:
         metrics = {"loss": progress.recent_losses[-1]}

@@ -70,7 +70,7 @@ def test_what_works_is_said_once(here: Path):
     assert trained[0][1] == "runs/t\n" and "step 1/4" in trained[0][2]
     assert json.loads(scored[0][1])["rows"] == 8
     assert diverged[0][2].splitlines()[-1].startswith("loss ")
-    assert "going on from step 4 of 4" in resumed[0][2]
+    assert "step 4 is reached already, 4 were asked for: nothing is left to train" in resumed[0][2]
 
 
 FAULTS = [  # what happens in both processes, the code, and what the first one says
