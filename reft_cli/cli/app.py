@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -116,7 +115,7 @@ def _interrupted() -> int:
 
 def _nobody_reads() -> int:
     """Keep Python from complaining about stdout while it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    console.silence(sys.stdout)
     return BROKEN_PIPE
 
 

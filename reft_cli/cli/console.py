@@ -124,10 +124,10 @@ def result(text: str) -> None:
 
 def result_json(value: Any) -> None:  # noqa: ANN401  any JSON value
     """Print one JSON value on one line."""
-    result(json_line(value, encoding=sys.stdout.encoding))
+    result(encodable_json(value, encoding=sys.stdout.encoding))
 
 
-def json_line(value: Any, *, encoding: str | None) -> str:  # noqa: ANN401  any JSON value
+def encodable_json(value: Any, *, encoding: str | None) -> str:  # noqa: ANN401  any JSON value
     """A JSON value on one line; NaN and infinity are null, other Python objects their text.
 
     Letters stand as they are unless the encoding lacks one, as it does half of a surrogate pair; then all are escaped.
@@ -236,4 +236,11 @@ def complain(text: str) -> None:
         sys.stderr.write(blotted(text) + "\n")
         sys.stderr.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """From now on what is written to a stream of this process goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

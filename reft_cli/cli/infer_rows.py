@@ -33,7 +33,7 @@ def answer_rows(session: Session, source: str, how: How, *, output: Path | None,
         found = how.answers(session, prompts[done:])
         for number, (row, answers) in enumerate(zip(rows.rows[done:], found, strict=True), start=done + 1):
             line = row | {ADDED[name]: how.one_or_all([each.text for each in texts]) for name, texts in answers.items()}
-            file.write(console.json_line(line, encoding=file.encoding) + "\n")
+            file.write(console.encodable_json(line, encoding=file.encoding) + "\n")
             file.flush()
             observer.on_progress(number, len(rows))
     if output is not None:
@@ -81,7 +81,7 @@ def _done(output: Path | None, rows: Rows, *, resume: bool) -> int:
     content = _content(output)
     whole = content[: content.rfind(b"\n") + 1]
     for index, line in enumerate(whole.split(b"\n")[:-1]):
-        if index >= len(rows) or _answered(line) != json.loads(console.json_line(rows.rows[index], encoding=None)):
+        if index >= len(rows) or _answered(line) != json.loads(console.encodable_json(rows.rows[index], encoding=None)):
             raise SpecError(
                 f"{output}:{index + 1} is not the answer to row {index + 1} of {rows.name}; write another file"
             )
