@@ -7,6 +7,7 @@ the batch moves them. lm-eval itself is not known here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -102,9 +103,10 @@ class Requests:
                 if request.prompted == prompted and request.continuation
             ]
             groups = [group for group in self.groups if prompted or group.phase != "prompt"] if self.edited else []
-            for chosen in self._passes(examples):
-                found |= self._scored(chosen, groups)
-                self._count(len(chosen), total)
+            with self.model.packing(True) if self._shares_heads else nullcontext():
+                for chosen in self._passes(examples):
+                    found |= self._scored(chosen, groups)
+                    self._count(len(chosen), total)
         self.unprompted += sum(not request.prompted for request in requests)
         return [found.get(number, Likelihood(0.0, True)) for number in range(len(requests))]
 
@@ -118,7 +120,7 @@ class Requests:
     def _shares_heads(self) -> bool:
         """Whether contexts that begin alike are read once; found by trying the model."""
         base = self.model.base_model
-        return not is_spread(base) and why_not_packed(base) is None and why_not_shared(base) is None
+        return not is_spread(base) and why_not_shared(base) is None and why_not_packed(base) is None
 
     def _example(self, request: Continuation, number: int) -> Example:
         """The last token is a target only, so that there may be one more than the model takes."""
@@ -137,7 +139,7 @@ class Requests:
             pad_token_id=self.tokenizer.pad_token_id or 0,
             share_head=shared,
         ).to(self.model.device)
-        with self.model.packing(shared), self.model.editing(batch.rows):
+        with self.model.editing(batch.rows):
             chosen, hits = likelihoods(self.model, batch)
         sizes = [example.learned for example in examples]
         parts = zip(examples, chosen.double().split(sizes), hits.split(sizes), strict=True)
