@@ -75,11 +75,12 @@ class SlotCache:
         """The next pass reads packed prompts of these lengths into these slots, after what was kept by that name."""
         device = self.every.device
         counts, owners = torch.tensor(lengths), torch.tensor(slots)
-        self.begun = 0 if kept is None else self._begin(owners.to(device), self._kept[kept])
+        taken = owners.to(device)
+        self.begun = 0 if kept is None else self._begin(taken, self._kept[kept])
         rows = owners.repeat_interleave(counts).to(device)  # [N]
-        columns = torch.cat([torch.arange(length) for length in lengths]).to(device) + self.begun  # [N]
+        columns = torch.cat([torch.arange(self.begun, self.begun + length) for length in lengths]).to(device)  # [N]
         self.written = rows, columns
-        self.lengths[owners.to(device)] = counts.to(device) + self.begun
+        self.lengths[taken] = (counts + self.begun).to(device)
 
     def _begin(self, slots: Tensor, kept: list[Pair]) -> int:
         """Lay what was kept into slots; returns its tokens."""
@@ -176,8 +177,9 @@ def prefill(
     cache.begin_prefill(slots, lengths, kept=kept)
     ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device)  # [1, N]
     last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-    inputs = packing_inputs(lengths, model.device)
-    return packed_logits(model, cache, ids, last, inputs | {"position_ids": inputs["position_ids"] + cache.begun})
+    assert cache.written is not None
+    positions = cache.written[1][None]  # a token's position is its column
+    return packed_logits(model, cache, ids, last, packing_inputs(lengths, model.device) | {"position_ids": positions})
 
 
 def packed_logits(
