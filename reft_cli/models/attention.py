@@ -68,20 +68,23 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise NotPackable("its attention is not causal")
     if query.is_cuda and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_WIDEST_HEAD:
-        if shared_head or known_head:
-            raise NotPackable("attention on this device knows no head that sequences share")
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+        if known_head:
+            raise NotPackable("attention on this device goes on from no head that was read before")
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, shared_head), None
     bounds = cu_seq_lens_q.tolist()
     return _by_length(query, key, value, bounds, scaling, sliding_window, shared_head > 0, known_head), None
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
+    head: int,
+) -> Tensor:  # fmt: skip
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [N, H or K, E]
     if query.shape[-1] in _heads_by_kernels:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_by_kernels(q, k, v, bounds, longest=longest, scaling=scaling, window=window)[None]
+        return attend_by_kernels(q, k, v, bounds, longest=longest, scaling=scaling, window=window, head=head)[None]
+    if head:
+        raise NotPackable("torch's attention knows no head that sequences share")
     grouped, left = query.shape[1] != key.shape[1], -1 if window is None else window - 1
     attend: Callable[..., object] = partial(varlen_attn, enable_gqa=grouped) if SHARES_HEADS else varlen_attn
     attended = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0))
@@ -153,11 +156,27 @@ def _let_kernels_attend(sizes: set[int]) -> None:
     _heads_by_kernels.update(sizes)
 
 
+def why_no_shared_head(model: PreTrainedModel) -> str | None:
+    """None if packed sequences can share a head on the model's device and in its type, else the reason; tried."""
+    shape = _shape_of_heads(model)
+    if model.device.type != "cuda" or model.dtype not in FLASH_TYPES or (shape and shape[0] > FLASH_WIDEST_HEAD):
+        return None
+    if shape is None:
+        return "its blocks have heads of different numbers"
+    reason = why_not_kernels(model.device, *shape) or why_not_kernels(model.device, *shape, True)
+    return None if reason is None else f"our attention kernels are not used: {reason}"
+
+
 def _heads_of(model: PreTrainedModel) -> set[int]:
     """Its size of heads if our kernels take it; tried before the model runs, which may be compiled or recorded then."""
+    shape = _shape_of_heads(model)
+    return {shape[0]} if shape is not None and why_not_kernels(model.device, *shape) is None else set()
+
+
+def _shape_of_heads(model: PreTrainedModel) -> tuple[int, int] | None:
+    """Size of a head, and how many have keys and values in common; None where blocks differ in that."""
     config = model.config.get_text_config()
     heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
     if not isinstance(heads, int) or not isinstance(shared, int | None):  # some have a list, a number for each block
-        return set()
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {size} if why_not_kernels(model.device, size, heads // (shared or heads)) is None else set()
+        return None
+    return getattr(config, "head_dim", None) or config.hidden_size // heads, heads // (shared or heads)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reft_cli.models.attention import SHARED_HEAD, NotPackable, attending
+from reft_cli.models.attention import SHARED_HEAD, NotPackable, attending, why_no_shared_head
 from reft_cli.models.blocks import find_blocks
 from reft_cli.models.placement import entry_device
 
@@ -61,7 +61,7 @@ def _masked(model: PreTrainedModel) -> int | None:
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
     """None if packed sequences may share the head that they begin with, else the reason; tried in the same way."""
-    return _why_not(model, HEAD, how="when sequences share their head")
+    return why_no_shared_head(model) or _why_not(model, HEAD, how="when sequences share their head")
 
 
 def _why_not(model: PreTrainedModel, head: list[int], *, how: str) -> str | None:

@@ -38,17 +38,18 @@ def drawn(
     return [leaf.requires_grad_() for leaf in leaves], upstream, bounds.to(device)
 
 
-def plainly(leaves: list[torch.Tensor], bounds: torch.Tensor, window: int | None) -> torch.Tensor:
-    """In float32, one sequence at a time, with every score written out."""
+def plainly(leaves: list[torch.Tensor], bounds: torch.Tensor, window: int | None, head: int = 0) -> torch.Tensor:
+    """In float32, one sequence at a time, with every score written out; the first one, the head, before each other."""
     parts = []
     for start, end in pairwise(bounds.tolist()):
-        q, k, v = (leaf[start:end].float().transpose(0, 1) for leaf in leaves)
+        places = [*range(min(head, start)), *range(start, end)]
+        q, k, v = (leaf[places].float().transpose(0, 1) for leaf in leaves)
         k, v = (each.repeat_interleave(len(q) // len(k), 0) for each in (k, v))
-        seen = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
+        seen = torch.ones(len(places), len(places), dtype=torch.bool, device=q.device).tril()
         if window is not None:
             seen &= seen.triu(1 - window)
         weights = (q @ k.transpose(1, 2) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1)
-        parts.append((weights @ v).transpose(0, 1))
+        parts.append((weights @ v).transpose(0, 1)[len(places) - (end - start) :])
     return torch.cat(parts)
 
 
@@ -70,6 +71,30 @@ def test_kernels_attend_within_each_sequence(device: torch.device, heads: tuple[
     torch.testing.assert_close(with_slopes(ours, leaves, upstream), wanted, **precise)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("lengths", "heads", "window"),
+    [
+        ([43, 5, 0, 33, 66, 1], (4, 2), None),
+        ([43, 5, 0, 33, 66, 1], (4, 2), 7),
+        ([66, 5, 3], (3, 3), 50),
+        ([64, 64, 1], (12, 2), None),
+        ([17, 100], (8, 1), 30),
+        ([0, 5, 33], (4, 2), None),  # no head this time, where there is room for one
+    ],
+)
+def test_kernels_attend_to_a_head_that_sequences_share(
+    device: torch.device, lengths: list[int], heads: tuple[int, int], window: int | None
+):
+    leaves, upstream, bounds = drawn(device, lengths, size=16, heads=heads)
+    for room in {max(lengths[0], 1), 80}:
+        ours = attend_by_kernels(*leaves, bounds, longest=max(lengths), scaling=0.2, window=window, head=room)
+        wanted = with_slopes(plainly(leaves, bounds, window, lengths[0]), leaves, upstream)
+        precise = {"rtol": 1e-4, "atol": 1e-5} if device == CPU else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(with_slopes(ours, leaves, upstream), wanted, **precise)
+
+
 def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
     assert why_not_kernels(CPU, 64, 4) == "they are written for NVIDIA GPUs"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
@@ -86,9 +111,13 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
 def test_a_trial_compares_with_plain_arithmetic(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)  # Triton's interpreter multiplies no bfloat16
     assert kernel_attention._error_of_trial(device, 16, 2) < 0.002
+    assert kernel_attention._error_of_trial(device, 16, 2, 43) < 0.002
     real = kernel_attention._plain
     monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given) * 1.01)
     assert kernel_attention._error_of_trial(device, 16, 2) > 0.002
+    assert 0.002 < kernel_attention._error_of_trial(device, 16, 2, 43) < 0.02
+    monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given[:-1], 0))  # that knows of no head
+    assert kernel_attention._error_of_trial(device, 16, 2, 43) > 0.1
     monkeypatch.setattr(kernel_attention, "_plain", lambda *given: real(*given) * torch.nan)
     assert not kernel_attention._error_of_trial(device, 16, 2) < 0.002
 
@@ -105,6 +134,8 @@ def test_a_trial_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, error: floa
     monkeypatch.setattr(kernel_attention, "_error_of_trial", trial)
     with pytest.warns(RuntimeWarning, match="torch's attention is used in place of our kernels"):
         reason = why_not_kernels.__wrapped__(GPU, 64, 4)
+    with pytest.warns(RuntimeWarning, match="rows do not share a head"):
+        assert why_not_kernels.__wrapped__(GPU, 64, 4, True) == reason
     assert reason in (
         "they are off by 0.500 of what plain arithmetic gives",
         "they are off by nan of what plain arithmetic gives",
@@ -144,16 +175,35 @@ def test_half_types_attend_as_float32_does_and_always_alike(size: int, window: i
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("window", [None, 50])
+def test_half_types_attend_to_a_shared_head_as_float32_does_and_always_alike(size: int, window: int | None):
+    assert why_not_kernels(GPU, size, 4, True) is None
+    lengths = [43, 40, 199, 64, 1, 0, 700, 128]
+    for dtype in (torch.bfloat16, torch.float16):
+        leaves, upstream, bounds = drawn(GPU, lengths, size=size, heads=(32, 8), dtype=dtype)
+
+        def ours(leaves=leaves, bounds=bounds) -> torch.Tensor:
+            return attend_by_kernels(*leaves, bounds, longest=700, scaling=0.2, window=window, head=64)
+
+        found = with_slopes(ours(), leaves, upstream)
+        for got, wanted in zip(found, with_slopes(plainly(leaves, bounds, window, 43), leaves, upstream), strict=True):
+            assert float((got - wanted).norm() / wanted.norm()) < 0.006
+        assert all(map(torch.equal, found, with_slopes(ours(), leaves, upstream)))
+
+
+@pytest.mark.gpu
 def test_kernels_are_compiled_around_and_recorded():
     leaves, upstream, bounds = drawn(GPU, [40, 199, 64], size=64, heads=(32, 8), dtype=torch.bfloat16)
 
-    def attend(longest: int) -> torch.Tensor:
-        return attend_by_kernels(*leaves, bounds, longest=longest, scaling=0.125, window=None)
+    def attend(longest: int, head: int = 0) -> torch.Tensor:
+        return attend_by_kernels(*leaves, bounds, longest=longest, scaling=0.125, window=None, head=head)
 
     compiled = torch.compile(attend, dynamic=True, fullgraph=True)
-    wanted = with_slopes(attend(199), leaves, upstream)
-    for longest in (199, 256):
-        assert all(map(torch.equal, with_slopes(compiled(longest), leaves, upstream), wanted))
+    for head in (40, 64, 0):
+        wanted = with_slopes(attend(199, head), leaves, upstream)
+        for longest in (199, 256):
+            assert all(map(torch.equal, with_slopes(compiled(longest, head), leaves, upstream), wanted))
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(graph):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from reft_cli.models.build import build_intervened
 from reft_cli.models.float8 import to_float8
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, shape_hash
+from reft_cli.models.packing import why_not_shared
 from reft_cli.positions import Positions
 from reft_cli.tasks.objectives import TASKS
 from reft_cli.tasks.preferences import Preference
@@ -69,6 +71,20 @@ def batches() -> list[Batch]:
     ]
 
 
+HEADS = (17, 0, 50, 18, 40)  # of each batch, tokens that its rows begin with alike
+
+
+def batches_of_heads(*, shared: bool) -> list[Batch]:
+    """Such batches, with whole rows or with the head once."""
+    rows, found = list(examples()), []
+    for at, head in enumerate(HEADS):
+        mine = rows[6 * at : 6 * at + 6]
+        same = [replace(row, input_ids=mine[0].input_ids[:head] + row.input_ids[head:]) for row in mine]
+        groups = POSITIONS.groups(tied=True)
+        found.append(build_batch(same, groups=groups, layout="packed", pad_token_id=1, share_head=shared))
+    return found
+
+
 def found(model: IntervenedModel, passes: Passes, batch: Batch) -> list[torch.Tensor]:
     model.bank.refresh()
     loss = passes(passes.prepare(batch), units=24)
@@ -100,6 +116,31 @@ def test_recorded_passes_are_plain_passes(family: str, method: str):
                     found(model, recorded, batch), found(model, plain, batch), rtol=2e-2, atol=2e-3
                 )
     assert len(recorded._recordings) == 2
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma3Text"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_passes_that_share_a_head_are_those_of_whole_rows(family: str, compiled: bool):
+    model = intervened(base_of(family, torch.bfloat16))
+    assert why_not_shared(model.base_model) is None
+    recorded, plain = RecordedPasses(model, TASK, pad_token_id=1), plain_passes(model)
+    whole, shared = (batches_of_heads(shared=each) for each in (False, True))
+    assert [int(each.inputs["shared_head"]) for each in shared] == list(HEADS)
+    with packed(model):
+        expected = [found(model, plain, batch) for batch in whole]
+        with model.compiling() if compiled else nullcontext():
+            for passes_of in (plain, recorded, recorded, recorded):
+                for batch, wanted in zip(shared, expected, strict=True):
+                    torch.testing.assert_close(found(model, passes_of, batch), wanted, rtol=5e-2, atol=5e-3)
+    assert len(recorded._recordings) <= 3 and not recorded.refused
+
+
+def test_float32_shares_heads_without_kernels():
+    model = intervened(base_of("Llama", torch.float32))
+    plain = plain_passes(model)
+    with packed(model):
+        for whole, shared in zip(batches_of_heads(shared=False), batches_of_heads(shared=True), strict=True):
+            torch.testing.assert_close(found(model, plain, shared), found(model, plain, whole), rtol=1e-3, atol=1e-5)
 
 
 def test_recordings_follow_the_weights():

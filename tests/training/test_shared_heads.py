@@ -53,14 +53,20 @@ def loader_of(positions: str, *, shared: bool, rows: list[Example] = ROWS, tied:
 
 def found(model: IntervenedModel, batches: list[Batch]) -> list[torch.Tensor]:
     """The summed loss of some passes, and its gradients."""
-    passes = PlainPasses(model, TASKS["causal_lm"], torch.amp.GradScaler("cpu", enabled=False))
     with model, model.packing(True):
-        model.bank.refresh()
-        loss = torch.stack([passes(each, units=10) for each in batches]).sum()
-        model.bank.backpropagate()
+        numbers = found_inside(model, batches)
+    model.eval()
+    return numbers
+
+
+def found_inside(model: IntervenedModel, batches: list[Batch]) -> list[torch.Tensor]:
+    """The same where the hooks are on already."""
+    passes = PlainPasses(model, TASKS["causal_lm"], torch.amp.GradScaler("cpu", enabled=False))
+    model.bank.refresh()
+    loss = torch.stack([passes(each, units=10) for each in batches]).sum()
+    model.bank.backpropagate()
     gradients = [parameter.grad.clone() for parameter in model.bank.parameters()]
     model.bank.zero_grad()
-    model.eval()
     return [loss, *gradients]
 
 
@@ -109,6 +115,19 @@ def test_activations_are_computed_again_with_the_head():
     model.train().checkpoint_activations(True)
     torch.testing.assert_close(found(model, shared), expected, rtol=1e-4, atol=1e-6)
     model.checkpoint_activations(False)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_a_head(monkeypatch: pytest.MonkeyPatch):
+    """With torch's own interpreter behind the compiler."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend="aot_eager", dynamic=True))
+    whole, shared = passes_of("f7+l7")
+    model = intervened("llama", "f7+l7")
+    expected = found(model, whole[:1])
+    with model, model.packing(True), model.compiling():
+        torch.testing.assert_close(found_inside(model.train(), shared[:1]), expected, rtol=1e-4, atol=1e-6)
+    model.eval()
 
 
 def test_passes_of_a_step_have_heads_of_their_own():
