@@ -144,6 +144,8 @@ def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> 
         return reason is None, reason
     if model.device.type != "cuda":
         return False, "it pays on a GPU only; train.compile: on does it here"
+    if spec.model.quantization == "int8":
+        return False, "an 8-bit base takes as long compiled"
     if operations < WORTH_COMPILING:
         return False, f"the run is too short to win back the time ({operations:.0e} operations)"
     return True, None

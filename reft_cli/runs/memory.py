@@ -7,18 +7,20 @@ and an MLP of m, a token keeps b = 8 d bytes (two norms in float32) and s (2 H +
 (queries, keys, values, attended; gate, its SiLU, up); the last block's MLP runs at answers only. Attention that forms
 no scores is linear in the tokens. The last block's backward pass begins with everything still kept, and holds five
 float32 copies of the hidden states in a norm, and their gradient. Under checkpointing a block is computed again, b, and
-the gradients of its MLP are held beside it, 3 m s. What compiling saves, and what recording costs, was measured on one
-H200 (scripts/bench/memory.py).
+the gradients of its MLP are held beside it, 3 m s. Operations written in Python may hold on to tensors without telling
+autograd, as those of 8-bit linear layers hold on to their inputs: neither compiling nor checkpointing frees those. What
+compiling saves, and what recording costs, was measured on one H200 (scripts/bench/memory.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 
 from reft_cli.data.batch import Batch, Layout, build_batch
@@ -73,10 +75,11 @@ def memory_parts(
 ) -> MemoryParts:
     """Counts a pass over a small batch, with the hooks off and the base where it is; no weight is changed."""
     tokens, width = _tokens(batch), hidden_size(model.base_model)
-    kept = (COMPILED if compiled else 1) * _kept(model, task, batch, packed=packed, checkpointing=False) / tokens
+    saved, hidden = _kept(model, task, batch, packed=packed, checkpointing=False)
+    kept = ((COMPILED if compiled else 1) * saved + hidden) / tokens
     blocks = model.block_count - len(model.frozen.modules)  # those that have a backward pass
     block = kept / max(blocks - MLP, 1 - MLP)  # the last one keeps nothing of its MLP
-    held = _kept(model, task, batch, packed=packed, checkpointing=True) / tokens if checkpointing else kept
+    held = sum(_kept(model, task, batch, packed=packed, checkpointing=True)) / tokens if checkpointing else kept
     size = next(model.base_model.parameters()).element_size()
     vocabulary = int(getattr(model.base_model.config, "vocab_size", 0))
     # Logits and their float32 copy, which becomes the softmax, and its logarithm's sum; compiled, they are one.
@@ -136,8 +139,9 @@ def _tokens(batch: Batch) -> int:
     return ids.numel()
 
 
-def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a pass: every piece of memory once, and no weight, be it gathered or fetched."""
+def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of a pass, and what operations hold on to besides: every piece of memory once, and no
+    weight, be it gathered or fetched."""
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -159,9 +163,26 @@ def _kept(model: IntervenedModel, task: Task, batch: Batch, *, packed: bool, che
         values = [value for site in range(model.bank.sites) for value in model.bank.values(site)]
         weights |= {value.untyped_storage().data_ptr() for value in values}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), model.editing(there.rows):
-            task.loss(model, there)
-    kept = sum(found.values())
+            loss = task.loss(model, there)
+        saved = sum(found.values())
+        for tensor in _held(loss):
+            note(tensor)
     model.bank.zero_grad()
     model.checkpoint_activations(False)
     model.eval()
-    return kept
+    return saved, sum(found.values()) - saved
+
+
+def _held(loss: Tensor) -> Iterator[Tensor]:
+    """Tensors that operations of a graph have as attributes of their own; only those written in Python can."""
+    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        attributes: Iterable[object] = vars(node).values() if isinstance(node, BackwardCFunction) else ()
+        groups = (each if isinstance(each, tuple | list) else (each,) for each in attributes)
+        yield from (each for each in chain.from_iterable(groups) if isinstance(each, Tensor))
+        new = {each for each, _ in node.next_functions} - seen
+        seen |= new
+        waiting += new

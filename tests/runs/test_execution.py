@@ -77,6 +77,8 @@ def test_short_runs_are_not_compiled(model, make_spec: MakeSpec, monkeypatch: py
     assert not short.compiled and short.compile_reason.startswith("the run is too short")
     monkeypatch.setattr(execution, "WORTH_COMPILING", -1)
     assert choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS).compiled
+    eight_bits = choose_execution(model, make_spec("train.cuda_graphs=off", "model.quantization=int8").spec, ROWS)
+    assert not eight_bits.compiled and eight_bits.compile_reason == "an 8-bit base takes as long compiled"
 
 
 def test_what_cannot_be_recorded_is_said(model):

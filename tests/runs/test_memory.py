@@ -62,9 +62,16 @@ def estimate_of(
     )  # fmt: skip
 
 
-def parts_of(model: IntervenedModel, tokens: int, layout: Layout, *, checkpointing: bool = False) -> MemoryParts:
-    given = batch(tokens, layout)
-    return memory_parts(model, TASK, given, packed=layout == "packed", checkpointing=checkpointing)
+def parts_of(
+    model: IntervenedModel,
+    tokens: int,
+    layout: Layout = "packed",
+    *,
+    checkpointing: bool = False,
+    compiled: bool = False,
+) -> MemoryParts:
+    given, packed = batch(tokens, layout), layout == "packed"
+    return memory_parts(model, TASK, given, packed=packed, checkpointing=checkpointing, compiled=compiled)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -190,6 +197,36 @@ class Squared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         return 2 * upstream * ctx.saved_tensors[0]
+
+
+class Holding(torch.autograd.Function):
+    """An operation that holds on to its input by itself, as 8-bit linear layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.tensors, ctx.others = (None, x + 1), (None, 3)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+        return upstream
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_operations_hold_on_to_is_counted_and_never_freed(checkpointing: bool):
+    """Once a block, with a gradient or not; compiling and checkpointing save nothing of it."""
+    model = llama(torch.bfloat16, width=64, mlp=160, blocks=3)
+    ways = (False, True)
+    before = [parts_of(model, 200, checkpointing=checkpointing, compiled=each).kept_a_token for each in ways]
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, given: Holding.apply(*given))
+        for block in model.base_model.model.layers
+    ]
+    after = [parts_of(model, 200, checkpointing=checkpointing, compiled=each).kept_a_token for each in ways]
+    for handle in handles:
+        handle.remove()
+    # the first block has no backward pass, and the last one's MLP runs at answers only
+    assert [new - old for new, old in zip(after, before, strict=True)] == pytest.approx([2 * 160, 2 * 160], rel=0.04)
 
 
 def test_counting_leaves_nothing_behind():
