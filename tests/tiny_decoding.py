@@ -26,6 +26,13 @@ def prompt(length: int, *, seed: int = 0) -> Example:
 
 
 PROMPTS = [prompt(length) for length in (1, 2, 3, 7, 12)]
+TEMPLATE = [(17 * token) % 280 + 5 for token in range(20)]
+
+
+def headed(*rests: int) -> list[Example]:
+    """Prompts that begin with the template and go on with so many tokens."""
+    tails = [[(29 * row + 7 * token) % 290 + 2 for token in range(rest)] for row, rest in enumerate(rests)]
+    return [Example([*TEMPLATE, *tail], len(TEMPLATE) + len(tail), None, "", "", 1) for tail in tails]
 
 
 def intervened(

@@ -21,7 +21,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.merging import Merge, find_merge
 from reft_cli.models.placement import is_spread
 from reft_cli.models.sharding import is_sharded
-from reft_cli.models.slots import SlotTrial, try_slots
+from reft_cli.models.slots import SlotTrial, try_slots, why_nothing_is_kept
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import PositionGroup
 
@@ -29,6 +29,8 @@ SLOTS, BATCH = {"cuda": 128}, 32  # prompts decoded together if nobody says how 
 # Steps from which compiling wins back its time: on an H200 it takes 20 to 40 seconds the first time, less with torch's
 # cache of compiled code, and saves a millisecond of each step of a model of 1B parameters.
 WORTH_COMPILING = 30_000
+# Operations from which on a GPU may try to read what prompts begin with once: compiling its kernels takes seconds.
+WORTH_TRYING = 1e15
 MEMORY_SHARE = 0.7  # of the device's free memory that the cache may take
 
 
@@ -39,6 +41,7 @@ class Decoder:
         self.model, self.stack, self.tokenizer = model, stack, tokenizer
         self._sharded, self._spread = is_sharded(model), is_spread(model)
         self._tried: SlotTrial | None = None
+        self._keeps: bool | None = None
         self._slots: SlotDecoder | None = None
         self._wanted = 0  # slots, if memory allowed
         self._merges: dict[int, Merge | None] = {}
@@ -174,10 +177,17 @@ class Decoder:
                 slots=min(slots, self._slots_in_memory(room)),
                 room=room,
                 compiles=compiles,
-                keeps=self._tried.keeps,
+                keeps=self._may_keep,
             )
         assert self._slots is not None
         return self._slots
+
+    def _may_keep(self, tokens: int) -> bool:
+        """Whether prompts may go on from what was read once, which saves so many tokens; tried where that pays."""
+        on_gpu, operations = self.model.device.type == "cuda", 2 * self.model.num_parameters() * tokens
+        if self._keeps is None and not (on_gpu and operations < WORTH_TRYING):
+            self._keeps = why_nothing_is_kept(self.model) is None
+        return bool(self._keeps)
 
     def _compiles(self, decoding: Decoding, *, steps: int) -> bool:
         """Whether so many steps, the most that there will be, are compiled. ModelError: they are to be, and cannot."""

@@ -128,7 +128,7 @@ class PromptGraphs:
         ids, (held, slot, stream, owner) = numbers[:width], numbers[width : width + 4].split(1)
         edited = numbers[width + 4 :].view(2, rows)
         self.stack.live = Live(edited[0], edited[1]) if rows else None
-        self.cache.written = slot.expand(width), self.cache.columns[:width]
+        self.cache.written, self.cache.begun = (slot.expand(width), self.cache.columns[:width]), 0
         self.cache.lengths.index_copy_(0, slot, held)
         logits = packed_logits(self.model, self.cache, ids[None], held - 1, self._inputs[width])
         past = self.state.past.shape[1]

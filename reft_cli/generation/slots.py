@@ -16,7 +16,7 @@ Shapes: B slots, L tokens a slot has room for, A longest answer, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -82,7 +82,7 @@ class SlotDecoder:
         slots: int,
         room: int,
         compiles: bool = False,
-        keeps: bool = False,
+        keeps: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self.model, self.stack, self.decoding, self.endings = model, stack, decoding, endings
         kind = model.device.type
@@ -108,8 +108,9 @@ class SlotDecoder:
         """How answers grow, look by look, and which are done. Closing it stops; until then nothing else may run the
         model, which attends from slots. `merged`: the weights are not the base's own, so its steps are others.
         """
+        self._heads = self._heads_worth_keeping(requests)
         with ExitStack() as entered:
-            entered.enter_context(attending(self.model, SLOTS))
+            entered.enter_context(attending(self.model, SLOTS, kernels=bool(self._heads)))
             entered.enter_context(self.stack.hooked())
             entered.enter_context(self.cache.attached())
             self._merged = merged
@@ -155,18 +156,25 @@ class SlotDecoder:
 
     # ---- prompts
 
-    def _read_heads(self, requests: Sequence[Request]) -> None:
-        """Read and keep what all prompts for a member begin with, edited alike."""
-        self._heads.clear()
-        for member in {request.member for request in requests} if self.keeps else ():
-            mine = [request for request in requests if request.member == member]
-            prompts = Examples.of(Example(list(each.prompt), len(each.prompt), None, "", "", 0) for each in mine)
+    def _heads_worth_keeping(self, requests: Sequence[Request]) -> dict[int, int]:
+        """For each member tokens that all its prompts begin with, edited alike; those of none if not to be kept."""
+        heads: dict[int, int] = {}
+        saved = 0
+        for member in {request.member for request in requests}:
+            mine = [request.prompt for request in requests if request.member == member]
+            prompts = Examples.of(Example(list(each), len(each), None, "", "", 0) for each in mine)
             head = common_head(prompts, groups=self.stack.groups_of(member))
             if head:
-                with torch.inference_mode():
-                    self._prefill(mine[:1], [0], part=range(head))
-                    self.cache.keep(member, slot=0)
-                self._heads[member] = head
+                heads[member] = head
+                saved += head * (len(mine) - 1)
+        return heads if heads and self.keeps(saved) else {}
+
+    @torch.inference_mode()
+    def _read_heads(self, requests: Sequence[Request]) -> None:
+        for member, head in self._heads.items():
+            first = next(request for request in requests if request.member == member)
+            self._prefill([first], [0], part=range(head))
+            self.cache.keep(member, slot=0)
 
     def _admit(self, waiting: deque[tuple[int, Request]], free: list[int], busy: dict[int, Busy]) -> None:
         """Read the next prompts into free slots and choose their first tokens."""

@@ -69,7 +69,7 @@ def packed_attention(
         raise NotPackable("its attention is not causal")
     if query.is_cuda and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_WIDEST_HEAD:
         if known_head:
-            raise NotPackable("attention on this device goes on from no head that was read before")
+            return _after(known_head, query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, shared_head), None
     bounds = cu_seq_lens_q.tolist()
     return _by_length(query, key, value, bounds, scaling, sliding_window, shared_head > 0, known_head), None
@@ -90,6 +90,18 @@ def _flash(
     attended = attend(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0))
     assert isinstance(attended, Tensor)
     return attended[None]
+
+
+def _after(
+    known: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int,
+    scaling: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Sequences that go on from a known head: it stands before them as one that they share, and asks for nothing."""
+    tokens = known[0].shape[2]
+    asking = torch.cat([query.new_zeros(1, query.shape[1], tokens, query.shape[3]), query], 2)
+    keys, values = (torch.cat(each, 2) for each in zip(known, (key, value), strict=True))
+    moved = torch.cat([bounds.new_zeros(1), bounds + tokens])
+    return _flash(asking, keys, values, moved, max(longest, tokens), scaling, window, tokens)[:, tokens:]
 
 
 def _by_length(
@@ -139,10 +151,14 @@ AttentionInterface.register(PACKED, packed_attention)  # and no mask function: t
 
 
 @contextmanager
-def attending(model: PreTrainedModel, implementation: str = PACKED) -> Iterator[None]:
-    """Inside, the model attends in this way; by default within packed sequences, whose batches carry their bounds."""
+def attending(model: PreTrainedModel, implementation: str = PACKED, *, kernels: bool | None = None) -> Iterator[None]:
+    """Inside, the model attends in this way; by default within packed sequences, whose batches carry their bounds.
+
+    `kernels`: by ours where they can; None: in packed attention alone.
+    """
     before, heads_before = model.config._attn_implementation, set(_heads_by_kernels)
-    _let_kernels_attend(_heads_of(model) if implementation == PACKED else set())
+    wanted = implementation == PACKED if kernels is None else kernels
+    _let_kernels_attend(_heads_of(model) if wanted else set())
     model.set_attn_implementation(implementation)
     try:
         yield

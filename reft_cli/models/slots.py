@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from reft_cli.models.attention import FLASH_TYPES, NotPackable, attending, packed_attention
+from reft_cli.models.attention import FLASH_TYPES, NotPackable, attending, packed_attention, why_no_shared_head
 from reft_cli.models.packing import CLOSE, HEAD, LONG, SHORT, packing_inputs
 
 SLOTS = "reft_slots"
@@ -206,14 +206,16 @@ class SlotTrial:
     reason: str | None
     """None if decoding from slots equals the model's own forward pass, else why not."""
     bytes_a_token: int = 0
-    keeps: bool = False
-    """Prompts may go on from tokens that were read once."""
 
 
 def try_slots(model: PreTrainedModel) -> SlotTrial:
     """Find out whether a model can decode from slots, on its device and in its type."""
-    trial = _try(model, [])
-    return trial if trial.reason is not None else replace(trial, keeps=_try(model, HEAD).reason is None)
+    return _try(model, [])
+
+
+def why_nothing_is_kept(model: PreTrainedModel) -> str | None:
+    """None if prompts in slots may go on from tokens that were read once, else the reason; tried in the same way."""
+    return why_no_shared_head(model) or _try(model, HEAD).reason
 
 
 @torch.inference_mode()
@@ -222,7 +224,7 @@ def _try(model: PreTrainedModel, head: list[int]) -> SlotTrial:
     cache, kept = SlotCache(slots=3, room=32, device=model.device), 0 if head else None
     slots = [2, 0]
     try:
-        with attending(model, SLOTS), cache.attached():
+        with attending(model, SLOTS, kernels=bool(head)), cache.attached():
             if head:
                 prefill(model, cache, [head], [0])
                 cache.keep(0, slot=0)

@@ -9,11 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_decoding import GREEDY, PROMPTS, TOKENIZER, from_slots, intervened, prompt, recomputed, step_logits, tokens
+from tiny_decoding import (
+    GREEDY,
+    PROMPTS,
+    TOKENIZER,
+    from_slots,
+    headed,
+    intervened,
+    prompt,
+    recomputed,
+    step_logits,
+    tokens,
+)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from reft_cli.data.examples import Example
 from reft_cli.generation import prompts, slots
 from reft_cli.generation.choose import Chooser
 from reft_cli.generation.decode import Decoder, requests_of
@@ -23,7 +33,7 @@ from reft_cli.generation.slots import SlotDecoder
 from reft_cli.models import attention
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import packing_inputs
-from reft_cli.models.slots import try_slots
+from reft_cli.models.slots import try_slots, why_nothing_is_kept
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import Positions
 from tiny_models import DECODERS, base_of, decoder
@@ -350,14 +360,6 @@ def test_prompts_that_cannot_be_filled_up_are_not(
 
 # ---- a head that prompts share
 
-TEMPLATE = [(17 * token) % 280 + 5 for token in range(20)]
-
-
-def headed(*rests: int) -> list[Example]:
-    """Prompts that begin alike and go on with so many tokens."""
-    tails = [[(29 * row + 7 * token) % 290 + 2 for token in range(rest)] for row, rest in enumerate(rests)]
-    return [Example([*TEMPLATE, *tail], len(TEMPLATE) + len(tail), None, "", "", 1) for tail in tails]
-
 
 @contextmanager
 def counting_tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
@@ -436,7 +438,7 @@ def test_attention_that_knows_no_head_reads_prompts_whole(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(attention, "_by_length", headless)
     model, asked = intervened(), headed(3, 5)
-    assert not try_slots(model.base_model).keeps
+    assert why_nothing_is_kept(model.base_model) == "it knows no head"
     with counting_tokens(monkeypatch) as read:
         assert tokens(model, asked, "f3+l3", GREEDY) == [recomputed(model, each, "f3+l3", 8) for each in asked]
     assert read == [48]

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_decoding import GREEDY, TOKENIZER, from_slots, intervened, prompt, recomputed
+import transformers
+from tiny_decoding import GREEDY, TOKENIZER, from_slots, headed, intervened, prompt, recomputed
 
+from reft_cli.generation import decode
 from reft_cli.generation.decode import Decoder, requests_of
 from reft_cli.generation.settings import Decoding, Request
 from reft_cli.generation.slots import SlotDecoder
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.loading import BaseModel, shape_hash
+from reft_cli.models.slots import why_nothing_is_kept
 from reft_cli.models.stacked import Member, Stack
 from reft_cli.positions import Positions
 from tiny_models import decoder
@@ -164,3 +167,51 @@ def test_experts_decode_captured_or_plainly(family: str):
     model = intervened(base=on_gpu(family)).to("cuda")
     found = from_slots(serving(model, "f3+l3"), requests_of(ASKED[:6], member=1), GREEDY, size=3)
     assert found == [recomputed(model, each, "f3+l3", 8) for each in ASKED[:6]]
+
+
+# ---- a head that prompts share
+
+
+def wide(family: str, dtype: torch.dtype) -> BaseModel:
+    """Heads of 32 numbers, which our kernels take."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 32}
+    shape |= {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": 40}
+    config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to("cuda", dtype)
+    return BaseModel(model, family, None, shape_hash(model))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma3Text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_go_on_from_a_head(family: str, dtype: torch.dtype):
+    """Logits of prompts that go on from it, and of the steps after, beside those of the whole."""
+    assert why_nothing_is_kept(wide(family, dtype).model) is None
+    assert "a head of 8 numbers is none of" in str(why_nothing_is_kept(on_gpu(dtype=dtype).model))
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, COMPILED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", ["f3+l3", "all"])
+def test_a_head_is_read_once(positions: str, dtype: torch.dtype, decoding: Decoding, monkeypatch: pytest.MonkeyPatch):
+    """In half precision a few answers may part; and reading alone, by captured passes, goes on from no head."""
+    model = intervened(positions, base=wide("Llama", dtype)).to("cuda")
+    requests, way = requests_of(headed(*range(1, 41)), member=1), serving(model, positions)
+    monkeypatch.setattr(decode, "WORTH_TRYING", 0)
+    found = from_slots(way, requests, decoding, size=16)
+    assert way._slots is not None and way._slots._heads == {1: 18 if positions == "f3+l3" else 20}
+    alone = from_slots(way, requests, decoding, size=1)
+    monkeypatch.setattr(Decoder, "_may_keep", lambda *_: False)
+    whole = serving(model, positions)
+    wanted = from_slots(whole, requests, decoding, size=16)
+    assert whole._slots is not None and not whole._slots._heads
+    for answers in (found, alone):
+        same = sum(one == other for one, other in zip(answers, wanted, strict=True))
+        assert same == 40 if dtype == torch.float32 else same >= 30
+
+
+def test_little_is_not_worth_a_trial_of_kernels():
+    model = intervened(base=wide("Llama", torch.bfloat16)).to("cuda")
+    way = serving(model, "f3+l3")
+    from_slots(way, requests_of(headed(3, 5, 7), member=1), GREEDY, size=3)
+    assert way._keeps is None and way._slots is not None and not way._slots._heads

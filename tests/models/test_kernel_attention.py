@@ -156,6 +156,26 @@ def test_kernels_attend_only_inside_packed_attention(monkeypatch: pytest.MonkeyP
     assert not attention._heads_by_kernels
 
 
+@pytest.mark.parametrize("head", [1, 7, 40])
+def test_sequences_go_on_from_a_known_head(head: int, monkeypatch: pytest.MonkeyPatch):
+    """What kernels are asked for is what attention without them gives."""
+
+    def kernels(query, key, value, bounds, *, longest, scaling, window, head):
+        assert longest >= max(end - start for start, end in pairwise(bounds.tolist())) and window is None
+        return torch.cat(
+            [kernel_attention._plain(query, key, value, *span, head) for span in pairwise(bounds.tolist())]
+        )
+
+    monkeypatch.setattr(attention, "attend_by_kernels", kernels)
+    monkeypatch.setattr(attention, "_heads_by_kernels", {16})
+    lengths, known = [9, 4, 4, 1], tuple(torch.randn(1, 2, head, 16) for _ in range(2))
+    query, key, value = (torch.randn(1, heads, sum(lengths), 16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    found = attention._after(known, query, key, value, bounds, max(lengths), None, None)
+    wanted = attention._by_length(query, key, value, bounds.tolist(), None, None, known=known)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("window", [None, 50])

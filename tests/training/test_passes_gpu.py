@@ -30,10 +30,10 @@ POSITIONS = Positions.parse("f3+l3")
 TASK = TASKS["causal_lm"]
 
 
-def base_of(family: str, dtype: torch.dtype) -> BaseModel:
+def base_of(family: str, dtype: torch.dtype, more: dict[str, int] | None = None) -> BaseModel:
     torch.manual_seed(0)
     shape = {"vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    shape |= {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    shape |= {"intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 256} | (more or {})
     config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=1, bos_token_id=0, eos_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to("cuda", dtype)
     return BaseModel(model, family, None, shape_hash(model))
@@ -121,7 +121,7 @@ def test_recorded_passes_are_plain_passes(family: str, method: str):
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma3Text"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_passes_that_share_a_head_are_those_of_whole_rows(family: str, compiled: bool):
-    model = intervened(base_of(family, torch.bfloat16))
+    model = intervened(base_of(family, torch.bfloat16, {"head_dim": 32, "sliding_window": 40}))
     assert why_not_shared(model.base_model) is None
     recorded, plain = RecordedPasses(model, TASK, pad_token_id=1), plain_passes(model)
     whole, shared = (batches_of_heads(shared=each) for each in (False, True))
