@@ -31,7 +31,7 @@ from reft_cli import bundled
 from reft_cli.errors import ModelError, first_line
 from reft_cli.models.blocks import ENCODER_DECODER
 from reft_cli.models.float8 import to_float8, why_no_float8
-from reft_cli.models.low_bit import KINDS, quantization_config, true_shape
+from reft_cli.models.low_bit import KINDS, hold_no_inputs, quantization_config, true_shape
 from reft_cli.models.placement import is_spread, spreading
 from reft_cli.models.sharding import shard_blocks
 
@@ -216,6 +216,8 @@ def _load(source: BaseSource, auto: type, overrides: dict[str, Any]) -> tuple[Ba
     model.eval()
     if source.shard:
         shard_blocks(model, device)
+    if source.quantization == "int8":
+        hold_no_inputs(model)
     if source.quantization == "float8":
         to_float8(model, device)
     if source.quantization not in KINDS and not is_spread(model):

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from reft_cli.errors import SpecError
@@ -38,6 +38,46 @@ def quantization_config(kind: str, *, auto: type, config: PretrainedConfig, dtyp
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=beside,
     )
+
+
+def hold_no_inputs(model: nn.Module) -> None:
+    """Let 8-bit layers keep nothing for the backward pass.
+
+    bitsandbytes' own keep their inputs, for a gradient to weights that are frozen here: at the 8B shape more memory
+    than eight bits save.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    class FrozenLinear8bit(Linear8bitLt):
+        def forward(self, x: Tensor) -> Tensor:
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                return super().forward(x)
+            product: Tensor = FrozenProduct.apply(x, self)
+            return product
+
+    for module in model.modules():
+        if type(module) is Linear8bitLt:
+            module.__class__ = FrozenLinear8bit
+
+
+class FrozenProduct(torch.autograd.Function):
+    """What an 8-bit layer computes of x [..., in]; the gradient to x is upstream [..., out] W, with W = CB · SCB / 127
+    of its numbers CB [out, in] and their scales SCB [out], as in bitsandbytes' MatMul8bitLt.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:  # noqa: ANN401  autograd's own
+        """The layer's own product; no graph is made of it here."""
+        product: Tensor = layer.forward(x.detach())
+        ctx.layer = layer
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        """The gradient to x alone."""
+        state = ctx.layer.state
+        weight = state.CB.to(upstream.dtype, copy=True).mul_(state.SCB[:, None] / 127)
+        return upstream @ weight, None
 
 
 def true_shape(parameter: nn.Parameter) -> torch.Size:

@@ -45,6 +45,27 @@ def test_it_is_near_the_whole_model_and_small(kind: str, size: float, near: floa
 
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_8_bit_layers_keep_nothing_and_have_the_same_gradients(device: str):
+    loaded = load_causal_lm(BaseSource("bundled:tiny-llama", device=device, quantization="int8"))
+    layer = loaded.model.model.layers[0].mlp.down_proj
+    frozen, plain = type(layer), type(layer).__bases__[0]
+    assert frozen.__name__ == "FrozenLinear8bit" and plain.__name__ == "Linear8bitLt"
+    x = torch.randn(2, 7, layer.in_features, device=device, dtype=loaded.model.dtype).requires_grad_()
+    found = {}
+    for kind in (frozen, plain):
+        layer.__class__ = kind
+        product = layer.train()(x)
+        kept = [each for each in vars(product.grad_fn).values() if isinstance(each, torch.Tensor)]
+        assert not product.grad_fn.saved_tensors
+        (slope,) = torch.autograd.grad(product.square().sum(), x)
+        found[kind] = (product.detach(), slope, len(kept))
+    assert found[frozen][2] == 0
+    torch.testing.assert_close(found[frozen][:2], found[plain][:2])
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
 def test_a_head_is_not_quantised(tiny_llama: Path):
     source = BaseSource(str(tiny_llama), device="cpu", quantization="nf4")
     loaded = load_classifier(source, outputs=3, pad_token_id=1, seed=0)
