@@ -122,14 +122,15 @@ def _memory_facts(estimate: Estimate) -> list[list[str]]:
 
 
 def _execution_facts(chosen: Execution) -> list[list[str]]:
-    ways = [
-        ["layout", chosen.layout, chosen.layout_reason],
-        ["compiled", "yes" if chosen.compiled else "no", chosen.compile_reason],
-        ["CUDA graphs", "yes" if chosen.recorded else "no", chosen.record_reason],
-        ["frozen cache", "yes" if chosen.cached else "no", chosen.cache_reason],
-        ["shared head", "yes" if chosen.shared else "no", chosen.share_reason],
-    ]
-    return [[str(name), f"{way}: {reason}" if reason else str(way)] for name, way, reason in ways]
+    ways = {
+        "layout": chosen.packed,
+        "compiled": chosen.compiled,
+        "CUDA graphs": chosen.recorded,
+        "frozen cache": chosen.cached,
+        "shared head": chosen.shared,
+    }
+    shown = {name: "yes" if way.taken else "no" for name, way in ways.items()} | {"layout": chosen.layout}
+    return [[name, f"{shown[name]}: {way.reason}" if way.reason else shown[name]] for name, way in ways.items()]
 
 
 def _print_data(data: dict[str, DataReport]) -> None:

@@ -69,7 +69,7 @@ class CheckReport:
             "rows": [asdict(row) for row in self.rows],
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
-            "model": asdict(self.model) if self.model else None,
+            "model": self.model.to_dict() if self.model else None,
             "next_command": self.next_command,
         }
 
@@ -99,6 +99,10 @@ class ModelReport:
     """How the trainable parameters come about."""
     execution: Execution
     estimate: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for --json."""
+        return asdict(self) | {"execution": self.execution.to_dict()}
 
     @property
     def percent(self) -> float:
@@ -187,8 +191,8 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
             micro_batch_size=None if spec.train.micro_batch_size == "auto" else spec.train.micro_batch_size,
             token_budget=token_budget(model.device),
             checkpointing=spec.train.gradient_checkpointing,
-            compiled=execution.compiled,
-            recorded=execution.recorded,
-            shared=execution.shared,
+            compiled=execution.compiled.taken,
+            recorded=execution.recorded.taken,
+            shared=execution.shared.taken,
         ),
     )

@@ -32,19 +32,47 @@ SPREAD = "the base lies on several devices"
 
 
 @dataclass(frozen=True)
-class Execution:
-    """What was chosen. A reason says why it is not the faster way; None if it is, or if the spec asked for this."""
+class Choice:
+    """Whether a faster way is taken. A reason says why it is not; None if it is, or if the spec asked for this."""
 
-    layout: Layout
-    layout_reason: str | None
-    compiled: bool
-    compile_reason: str | None
-    recorded: bool
-    record_reason: str | None
-    cached: bool
-    cache_reason: str | None
-    shared: bool
-    share_reason: str | None
+    taken: bool
+    reason: str | None = None
+
+    @classmethod
+    def unless(cls, reason: str | None) -> Choice:
+        """Taken, unless there is a reason against it."""
+        return cls(reason is None, reason)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What was chosen."""
+
+    packed: Choice
+    compiled: Choice
+    recorded: Choice
+    cached: Choice
+    shared: Choice
+
+    @property
+    def layout(self) -> Layout:
+        """How batches are laid out."""
+        return "packed" if self.packed.taken else "padded"
+
+    def to_dict(self) -> dict[str, str | bool | None]:
+        """Plain values, for --json and run.json."""
+        return {
+            "layout": self.layout,
+            "layout_reason": self.packed.reason,
+            "compiled": self.compiled.taken,
+            "compile_reason": self.compiled.reason,
+            "recorded": self.recorded.taken,
+            "record_reason": self.recorded.reason,
+            "cached": self.cached.taken,
+            "cache_reason": self.cached.reason,
+            "shared": self.shared.taken,
+            "share_reason": self.shared.reason,
+        }
 
 
 def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Example]) -> Execution:
@@ -55,37 +83,12 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     _check_offloading(model, spec)
     with _in_little_memory(model):
         _check_causal(model, spec)
-        layout, layout_reason = _choose_layout(model, spec)
-    compiled, compile_reason = _choose_compiling(model, spec, operations)
-    recorded, record_reason = False, None
-    if spec.parallel.shard:
-        record_reason = "parallel.shard gathers blocks as they are needed"
-    elif model.places:
-        record_reason = SPREAD
-    elif spec.train.cuda_graphs == "auto":
-        record_reason = why_not_recorded(
-            model,
-            packed=layout == "packed",
-            checkpointing=spec.train.gradient_checkpointing,
-            dropout=bool(model.bank.dropout) or spec.model.dropout,
-        )
-        recorded = record_reason is None
-    cached, cache_reason = _choose_caching(
-        model, spec, examples, packed=layout == "packed", repeated=steps * batch > len(examples)
-    )
-    shared, share_reason = _choose_sharing(model, spec, examples, packed=layout == "packed", cached=cached)
-    return Execution(
-        layout,
-        layout_reason,
-        compiled,
-        compile_reason,
-        recorded,
-        record_reason,
-        cached,
-        cache_reason,
-        shared,
-        share_reason,
-    )
+        packed = _choose_packing(model, spec)
+    compiled = _choose_compiling(model, spec, operations)
+    recorded = _choose_recording(model, spec, packed=packed.taken)
+    cached = _choose_caching(model, spec, examples, packed=packed.taken, repeated=steps * batch > len(examples))
+    shared = _choose_sharing(model, spec, examples, packed=packed.taken, cached=cached.taken)
+    return Execution(packed=packed, compiled=compiled, recorded=recorded, cached=cached, shared=shared)
 
 
 @contextmanager
@@ -122,41 +125,53 @@ def _check_causal(model: IntervenedModel, spec: Spec) -> None:
         )
 
 
-def _choose_layout(model: IntervenedModel, spec: Spec) -> tuple[Layout, str | None]:
+def _choose_packing(model: IntervenedModel, spec: Spec) -> Choice:
     wanted, kind, task = spec.train.layout, spec.task.kind, task_of(spec.task.kind, beta=spec.task.beta)
     if wanted == "padded":
-        return "padded", None
+        return Choice(False)
     reason = why_not_packed(model.base_model) if task.can_pack else f"task.kind {kind} reads a row a sequence"
     if reason is not None and wanted == "packed":
         raise ModelError(f"train.layout: packed would not be exact: {reason}; write auto or padded")
-    return ("packed", None) if reason is None else ("padded", reason)
+    return Choice.unless(reason)
 
 
-def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> tuple[bool, str | None]:
+def _choose_compiling(model: IntervenedModel, spec: Spec, operations: float) -> Choice:
     wanted = spec.train.compile
     if wanted == "off":
-        return False, None
+        return Choice(False)
     reason = "the base is sharded" if spec.parallel.shard else SPREAD if model.places else None
     reason = reason or why_not_compiled(model.device)
     if reason is not None and wanted == "on":
         raise ModelError(f"train.compile: on is not possible: {reason}; write auto or off")
     if wanted == "on" or reason is not None:
-        return reason is None, reason
+        return Choice.unless(reason)
     if model.device.type != "cuda":
-        return False, "it pays on a GPU only; train.compile: on does it here"
+        return Choice(False, "it pays on a GPU only; train.compile: on does it here")
     if spec.model.quantization == "int8":
-        return False, "an 8-bit base takes as long compiled"
+        return Choice(False, "an 8-bit base takes as long compiled")
     if operations < WORTH_COMPILING:
-        return False, f"the run is too short to win back the time ({operations:.0e} operations)"
-    return True, None
+        return Choice(False, f"the run is too short to win back the time ({operations:.0e} operations)")
+    return Choice(True)
+
+
+def _choose_recording(model: IntervenedModel, spec: Spec, *, packed: bool) -> Choice:
+    if spec.parallel.shard:
+        return Choice(False, "parallel.shard gathers blocks as they are needed")
+    if model.places:
+        return Choice(False, SPREAD)
+    if spec.train.cuda_graphs != "auto":
+        return Choice(False)
+    dropout = bool(model.bank.dropout) or spec.model.dropout
+    checkpointing = spec.train.gradient_checkpointing
+    return Choice.unless(why_not_recorded(model, packed=packed, checkpointing=checkpointing, dropout=dropout))
 
 
 def _choose_caching(
     model: IntervenedModel, spec: Spec, examples: Sequence[Example], *, packed: bool, repeated: bool
-) -> tuple[bool, str | None]:
+) -> Choice:
     wanted = spec.train.cache_frozen
     if wanted == "off":
-        return False, None
+        return Choice(False)
     reason = SPREAD if model.places else None
     reason = reason or why_not_cached(
         model,
@@ -170,26 +185,25 @@ def _choose_caching(
         raise ModelError(f"train.cache_frozen: on is not possible: {reason}; write auto or off")
     if wanted == "auto" and reason is None and model.device.type != "cuda":
         reason = "a resumed run would not end in the same bits; train.cache_frozen: on does it here"
-    return reason is None, reason
+    return Choice.unless(reason)
 
 
 def _choose_sharing(
     model: IntervenedModel, spec: Spec, examples: Sequence[Example], *, packed: bool, cached: bool
-) -> tuple[bool, str | None]:
+) -> Choice:
     if spec.train.share_head == "off":
-        return False, None
+        return Choice(False)
     if not packed:
-        return False, "batches are padded"
+        return Choice(False, "batches are padded")
     if cached:
-        return False, "the frozen cache keeps whole rows"
+        return Choice(False, "the frozen cache keeps whole rows")
     if model.bank.dropout or spec.model.dropout:
-        return False, "dropout is drawn for every row by itself"
+        return Choice(False, "dropout is drawn for every row by itself")
     if Examples.of(examples).rejected is not None:
-        return False, "rows are pairs"
+        return Choice(False, "rows are pairs")
     groups = Positions.parse(spec.intervention.positions).groups(tied=spec.intervention.tied)
     rows = spec.train.micro_batch_size
     rows = spec.train.global_batch_size if rows == "auto" else rows
     if not typical_head(examples, groups=groups, rows=rows):
-        return False, f"rows of a pass have no head of {LEAST} tokens or more in common"
-    reason = why_not_shared(model.base_model)
-    return reason is None, reason
+        return Choice(False, f"rows of a pass have no head of {LEAST} tokens or more in common")
+    return Choice.unless(why_not_shared(model.base_model))

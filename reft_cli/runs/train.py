@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from reft_cli.runs.assemble import (
     slots_of,
     token_budget,
 )
-from reft_cli.runs.execution import Execution, choose_execution
+from reft_cli.runs.execution import Choice, Execution, choose_execution
 from reft_cli.runs.failures import failures_noted
 from reft_cli.runs.memory import first_budget, memory_parts_of
 from reft_cli.runs.resuming import Start, check_same_run, rewind, starting_point
@@ -180,7 +180,7 @@ class _Work:
                 for split, encoded in (("train", self.data.train), ("validation", self.data.validation))
                 if encoded is not None
             },
-            **asdict(self.execution),
+            **self.execution.to_dict(),
             "micro_batch": self.spec.train.micro_batch_size,
             "token_budget": self.token_budget,
         }
@@ -260,10 +260,10 @@ class _Work:
                 groups=self.data.text.positions.groups(tied=self.spec.intervention.tied),
                 layout=self.execution.layout,
                 checkpointing=self.spec.train.gradient_checkpointing,
-                compiled=self.execution.compiled,
+                compiled=self.execution.compiled.taken,
             )
             self.token_budget = first_budget(
-                self.token_budget, parts, self.model.devices, recorded=self.execution.recorded
+                self.token_budget, parts, self.model.devices, recorded=self.execution.recorded.taken
             )
 
     def _fit(self, trainer: Trainer) -> None:
@@ -289,11 +289,11 @@ class _Work:
             micro_batch_size=None if train.micro_batch_size == "auto" else train.micro_batch_size,
             token_budget=self.token_budget,
             layout=self.execution.layout,
-            compiled=self.execution.compiled,
+            compiled=self.execution.compiled.taken,
             forgiving=train.compile == "auto",
-            recorded=self.execution.recorded,
-            cached=self.execution.cached,
-            shared=self.execution.shared,
+            recorded=self.execution.recorded.taken,
+            cached=self.execution.cached.taken,
+            shared=self.execution.shared.taken,
             seed=train.seed,
             log_every=train.log_every,
             diverge_factor=train.diverge_factor,
@@ -353,7 +353,7 @@ class _Work:
     def _unrecorded(self, reason: str) -> None:
         self.observer.on_message("warning", f"CUDA graphs are off, {reason}")
         if is_first():
-            self.run.note({"recorded": False, "record_reason": reason})
+            self.run.note(replace(self.execution, recorded=Choice(False, reason)).to_dict())
 
     def _go_on(self, trainer: Trainer, start: Start) -> None:
         load_trainables(self.model, start.checkpoint)

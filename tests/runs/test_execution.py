@@ -21,7 +21,7 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
 from reft_cli.runfolder import RunFolder
 from reft_cli.runs import execution
-from reft_cli.runs.execution import choose_execution
+from reft_cli.runs.execution import Choice, choose_execution
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.tasks.objectives import Task
 from reft_cli.training import loop
@@ -42,10 +42,26 @@ def model():
 
 def test_a_cpu_packs_and_says_why_it_does_no_more(model, make_spec: MakeSpec):
     chosen = choose_execution(model, make_spec().spec, ROWS)
-    assert (chosen.layout, chosen.compiled, chosen.recorded) == ("packed", False, False)
-    assert chosen.layout_reason is None
-    assert chosen.compile_reason == "it pays on a GPU only; train.compile: on does it here"
-    assert chosen.record_reason == "there are no CUDA graphs on cpu"
+    assert (chosen.layout, chosen.compiled.taken, chosen.recorded.taken) == ("packed", False, False)
+    assert chosen.packed.reason is None
+    assert chosen.compiled.reason == "it pays on a GPU only; train.compile: on does it here"
+    assert chosen.recorded.reason == "there are no CUDA graphs on cpu"
+
+
+def test_a_choice_and_its_reason_are_two_keys_of_a_run_json(model, make_spec: MakeSpec):
+    """Runs that were written before are read by these keys."""
+    assert choose_execution(model, make_spec("train.cuda_graphs=off", "train.share_head=off").spec, ROWS).to_dict() == {
+        "layout": "packed",
+        "layout_reason": None,
+        "compiled": False,
+        "compile_reason": "it pays on a GPU only; train.compile: on does it here",
+        "recorded": False,
+        "record_reason": None,
+        "cached": False,
+        "cache_reason": "only 1 of 3 blocks lie below the lowest edit",
+        "shared": False,
+        "share_reason": None,
+    }
 
 
 def test_an_encoder_is_not_taught_to_write(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
@@ -58,27 +74,27 @@ def test_an_encoder_is_not_taught_to_write(model, make_spec: MakeSpec, monkeypat
 def test_what_was_asked_for_has_no_reason(model, make_spec: MakeSpec):
     spec = make_spec("train.compile=off", "train.cuda_graphs=off", "train.layout=padded").spec
     chosen = choose_execution(model, spec, ROWS)
-    assert not chosen.compiled and not chosen.recorded and chosen.layout == "padded"
-    assert (chosen.layout_reason, chosen.compile_reason, chosen.record_reason) == (None, None, None)
+    assert not chosen.compiled.taken and not chosen.recorded.taken and chosen.layout == "padded"
+    assert (chosen.packed.reason, chosen.compiled.reason, chosen.recorded.reason) == (None, None, None)
 
 
 def test_compiling_needs_a_compiler(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
-    assert choose_execution(model, make_spec("train.compile=on").spec, ROWS).compiled
+    assert choose_execution(model, make_spec("train.compile=on").spec, ROWS).compiled.taken
     monkeypatch.setattr(compiling, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(ModelError, match=r"train\.compile: on is not possible: there is no C compiler on the path"):
         choose_execution(model, make_spec("train.compile=on").spec, ROWS)
-    assert choose_execution(model, make_spec().spec, ROWS).compile_reason == "there is no C compiler on the path"
+    assert choose_execution(model, make_spec().spec, ROWS).compiled.reason == "there is no C compiler on the path"
 
 
 def test_short_runs_are_not_compiled(model, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
     short = choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS)
-    assert not short.compiled and short.compile_reason.startswith("the run is too short")
+    assert not short.compiled.taken and short.compiled.reason.startswith("the run is too short")
     monkeypatch.setattr(execution, "WORTH_COMPILING", -1)
-    assert choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS).compiled
+    assert choose_execution(model, make_spec("train.cuda_graphs=off").spec, ROWS).compiled.taken
     eight_bits = choose_execution(model, make_spec("train.cuda_graphs=off", "model.quantization=int8").spec, ROWS)
-    assert not eight_bits.compiled and eight_bits.compile_reason == "an 8-bit base takes as long compiled"
+    assert not eight_bits.compiled.taken and eight_bits.compiled.reason == "an 8-bit base takes as long compiled"
 
 
 def test_what_cannot_be_recorded_is_said(model):
@@ -135,7 +151,7 @@ def test_a_model_that_cannot_be_compiled_is_refused_or_runs_as_it_stands(
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda made, **_: compile_with(made, backend=broken, dynamic=True))
-    monkeypatch.setattr(execution, "_choose_compiling", lambda *_: (True, None))
+    monkeypatch.setattr(execution, "_choose_compiling", lambda *_: Choice(True))
     spec = make_spec(f"train.compile={wanted}", "evaluation.every=never", "train.max_steps=1")
     if wanted == "on":
         with pytest.raises(
@@ -158,8 +174,9 @@ def test_a_model_that_cannot_be_recorded_is_noted(
     make_spec: MakeSpec, tmp_path: Path, observer, monkeypatch: pytest.MonkeyPatch
 ):
     inner = choose_execution
+    recording = {"recorded": Choice(True)}
     monkeypatch.setattr(
-        import_module("reft_cli.runs.train"), "choose_execution", lambda *given: replace(inner(*given), recorded=True)
+        import_module("reft_cli.runs.train"), "choose_execution", lambda *given: replace(inner(*given), **recording)
     )
     monkeypatch.setattr(loop, "RecordedPasses", Refusing)
     done = runs.train(make_spec("train.max_steps=1"), output=tmp_path / "run", observer=observer)

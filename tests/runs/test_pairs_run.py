@@ -187,7 +187,7 @@ def test_check_shows_both_answers(make_spec, pairs):
     texts = ["".join(token.text for token in row.tokens) for row in report.rows]
     assert [row.row for row in report.rows] == [1, 1, 2, 2]
     assert "good" in texts[0] and "bad" in texts[1]
-    assert report.model.execution.record_reason == "there are no CUDA graphs on cpu"
+    assert report.model.execution.recorded.reason == "there are no CUDA graphs on cpu"
 
 
 def test_solved_pairs_go_before_the_prompt(make_spec, pairs):

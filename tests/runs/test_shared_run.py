@@ -19,7 +19,7 @@ from reft_cli.models.build import build_intervened
 from reft_cli.models.intervened import IntervenedModel
 from reft_cli.positions import Positions
 from reft_cli.runs import execution
-from reft_cli.runs.execution import choose_execution
+from reft_cli.runs.execution import Choice, choose_execution
 from reft_cli.spec.load import LoadedSpec
 from reft_cli.training.observer import NullObserver, StepRecord
 from tiny_models import base_of
@@ -53,17 +53,17 @@ def test_heads_are_shared_where_it_is_exact_and_saves_work(
     make_spec: MakeSpec, sets: tuple[str, ...], rows: list[Example], wanted: tuple[bool, str | None]
 ):
     chosen = choose_execution(intervened(), make_spec(*sets).spec, rows)
-    assert (chosen.shared, chosen.share_reason) == wanted
+    assert chosen.shared == Choice(*wanted)
 
 
 def test_what_else_keeps_rows_whole(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch):
     chosen = choose_execution(intervened(dropout=0.1), make_spec("intervention.dropout=0.1").spec, ROWS)
-    assert chosen.share_reason == "dropout is drawn for every row by itself"
+    assert chosen.shared.reason == "dropout is drawn for every row by itself"
     cached = make_spec("train.cache_frozen=on", "intervention.layers=2").spec
     chosen = choose_execution(intervened(layers="2"), cached, ROWS)
-    assert chosen.share_reason == "the frozen cache keeps whole rows"
+    assert chosen.shared.reason == "the frozen cache keeps whole rows"
     monkeypatch.setattr(execution, "why_not_shared", lambda _: "its layers look at a whole row")
-    assert choose_execution(intervened(), make_spec().spec, ROWS).share_reason == "its layers look at a whole row"
+    assert choose_execution(intervened(), make_spec().spec, ROWS).shared.reason == "its layers look at a whole row"
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def test_check_says_whether_heads_are_shared_and_counts_them_once(make_spec: Mak
     found = {way: runs.check(make_spec(TEMPLATE, f"train.share_head={way}")).model for way in ("auto", "off")}
     shared, whole = found["auto"], found["off"]
     assert shared is not None and whole is not None
-    assert shared.execution.shared and not whole.execution.shared
+    assert shared.execution.shared.taken and not whole.execution.shared.taken
     less = shared.estimate.operations / whole.estimate.operations
     assert 0.2 < less < 0.8, less
     assert shared.estimate.tokens == whole.estimate.tokens
