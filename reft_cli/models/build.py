@@ -33,7 +33,8 @@ def build_intervened(
     """
     blocks = find_blocks(base.model)
     chosen = select_layers(blocks, layers, model_name=base.name)
-    sites = plan_sites(layers=chosen, component=component, groups=positions.groups(tied=tied))
+    groups = positions.groups(tied=tied)
+    sites = plan_sites(layers=chosen, component=component, groups=groups)
     width = target_width(base.model, find_target(blocks, chosen[0], component), component)
     bank = build_bank(
         method,
@@ -45,4 +46,5 @@ def build_intervened(
         dropout_on=dropout_on,
         generator=torch.Generator().manual_seed(seed),
     )
-    return IntervenedModel(base.model, blocks=blocks, bank=bank.to(entry_device(base.model)), sites=sites)
+    bank = bank.to(entry_device(base.model))
+    return IntervenedModel(base.model, blocks=blocks, bank=bank, sites=sites, groups=groups)

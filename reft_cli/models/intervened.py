@@ -30,6 +30,7 @@ from reft_cli.models.placement import devices_of, summary
 from reft_cli.models.sharding import is_sharded
 from reft_cli.models.sites import Site
 from reft_cli.models.unembedding import linear_head
+from reft_cli.positions import PositionGroup
 
 Rows = Mapping[str, Tensor]
 
@@ -37,16 +38,26 @@ Rows = Mapping[str, Tensor]
 class IntervenedModel(nn.Module):
     """h' = h + Δ(h) at the rows of each site; everything else is the base model.
 
-    `sites[i]` is edited by row i of the bank. The base is frozen; what trains is the bank and, for classification, the
-    head: `head_parameters` are the base class's parameters outside its transformer.
+    `sites[i]` is edited by row i of the bank, at the tokens of its one of `groups`. The base is frozen; what trains is
+    the bank and, for classification, the head: `head_parameters` are the base class's parameters outside its
+    transformer.
     """
 
-    def __init__(self, base_model: PreTrainedModel, *, blocks: Blocks, bank: Bank, sites: tuple[Site, ...]) -> None:
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        *,
+        blocks: Blocks,
+        bank: Bank,
+        sites: tuple[Site, ...],
+        groups: tuple[PositionGroup, ...],
+    ) -> None:
         super().__init__()
         assert bank.sites == len(sites), "one row of the bank for each site"
         self.base_model = base_model
         self.bank = bank
         self.sites = sites
+        self.groups = groups
         self.fused = False
         self._blocks = blocks
         self._edit = RowEditor(bank)

@@ -229,11 +229,10 @@ def _flag(name: str) -> str:
 def evaluator_of(
     text: TextSide,
     *,
+    model: IntervenedModel,
     metric: str,
     decoding: Decoding,
     batch_size: int | None,
-    device: torch.device,
-    tied: bool,
     references: References | None = None,
 ) -> Evaluator:
     """How a split is scored; `references` are kept from one time to the next."""
@@ -243,11 +242,11 @@ def evaluator_of(
         references=references,
         metric=metric,
         labels=list(text.labels) if text.labels else None,
-        groups=text.positions.groups(tied=tied),
+        groups=model.groups,
         tokenizer=text.tokenizer,
         decoding=decoding,
         batch_size=batch_size,
-        token_budget=2 * token_budget(device),
+        token_budget=2 * token_budget(model.device),
         rule=_rule_of(text),
     )
 

@@ -183,7 +183,7 @@ def _model_report(loaded: LoadedSpec, data: TrainingData, *, steps: int) -> Mode
             model,
             task_of(spec.task.kind, beta=spec.task.beta),
             examples=data.train.examples,
-            groups=data.text.positions.groups(tied=spec.intervention.tied),
+            groups=model.groups,
             layout=execution.layout,
             pad_token_id=data.text.tokenizer.pad_token_id or 0,
             steps=steps,

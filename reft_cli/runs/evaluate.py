@@ -93,11 +93,10 @@ def evaluate(
 def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None, loss: bool) -> Evaluator:
     evaluator = evaluator_of(
         session.text,
+        model=session.model,
         metric=session.checkpoint.manifest.text.metric,
         decoding=decoding,
         batch_size=batch_size,
-        device=session.model.device,
-        tied=session.tied,
     )
     return replace(evaluator, reads_loss=loss)
 

@@ -17,7 +17,6 @@ from reft_cli.models.intervened import IntervenedModel
 from reft_cli.models.packing import why_not_packed, why_not_shared
 from reft_cli.models.placement import is_offloaded
 from reft_cli.parallel.collective import size
-from reft_cli.positions import Positions
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
 from reft_cli.tasks.preferences import task_of
@@ -201,9 +200,8 @@ def _choose_sharing(
         return Choice(False, "dropout is drawn for every row by itself")
     if Examples.of(examples).rejected is not None:
         return Choice(False, "rows are pairs")
-    groups = Positions.parse(spec.intervention.positions).groups(tied=spec.intervention.tied)
     rows = spec.train.micro_batch_size
     rows = spec.train.global_batch_size if rows == "auto" else rows
-    if not typical_head(examples, groups=groups, rows=rows):
+    if not typical_head(examples, groups=model.groups, rows=rows):
         return Choice(False, f"rows of a pass have no head of {LEAST} tokens or more in common")
     return Choice.unless(why_not_shared(model.base_model))

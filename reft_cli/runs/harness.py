@@ -145,7 +145,7 @@ def _run_tasks(
         requests = Requests(
             model=session.model,
             decoder=session.decoder,
-            groups=session.text.positions.groups(tied=session.tied),
+            groups=session.model.groups,
             tokenizer=session.text.tokenizer,
             batch_size=settings["batch_size"],
             edited=edited,

@@ -54,13 +54,7 @@ class Session:
     @cached_property
     def decoder(self) -> Decoder:
         """What answers: member 1 is the checkpoint, 0 its base."""
-        groups = self.text.positions.groups(tied=self.tied)
-        return Decoder.of(self.model, groups, tokenizer=self.text.tokenizer)
-
-    @property
-    def tied(self) -> bool:
-        """Whether prefix and suffix share weights."""
-        return self.checkpoint.manifest.intervention.tied
+        return Decoder.of(self.model, self.model.groups, tokenizer=self.text.tokenizer)
 
     def fields_of(self, prompt: str) -> Fields:
         """One typed prompt as the columns that the template asks for."""
@@ -145,7 +139,7 @@ class Session:
 
     def _predict(self, examples: Sequence[Example], *, base: bool) -> list[Answer]:
         check_fits(examples, self.model.base_model, name="prompt")
-        groups, device = self.text.positions.groups(tied=self.tied), self.model.device
+        groups, device = self.model.groups, self.model.device
         texts: dict[int, str] = {}
         for chosen in micro_batches(examples, token_budget=2 * token_budget(device), rows=None, padded=True):
             pad = self.text.tokenizer.pad_token_id or 0

@@ -222,7 +222,7 @@ class _Work:
             self.model,
             task=task_of(spec.task.kind, beta=spec.task.beta),
             examples=self.data.train.examples,
-            groups=self.data.text.positions.groups(tied=spec.intervention.tied),
+            groups=self.model.groups,
             pad_token_id=self.data.text.tokenizer.pad_token_id or 0,
             settings=self._settings(),
             accelerator=self.accelerator,
@@ -257,7 +257,7 @@ class _Work:
                 self.model,
                 task_of(self.spec.task.kind, beta=self.spec.task.beta),
                 examples=self.data.train.examples,
-                groups=self.data.text.positions.groups(tied=self.spec.intervention.tied),
+                groups=self.model.groups,
                 layout=self.execution.layout,
                 checkpointing=self.spec.train.gradient_checkpointing,
                 compiled=self.execution.compiled.taken,
@@ -312,11 +312,10 @@ class _Work:
         generation = self.spec.generation
         evaluator = evaluator_of(
             self.data.text,
+            model=self.model,
             metric=best_metric(self.spec),
             decoding=decoding_of(generation),
             batch_size=slots_of(generation),
-            device=self.model.device,
-            tied=self.spec.intervention.tied,
             references=self.references,
         )
         prompts = without_answers(examples)

@@ -129,11 +129,10 @@ def _answered(work: Work) -> dict[str, float]:
     model = build_from_spec(work.base, work.spec)
     evaluator = evaluator_of(
         work.text,
+        model=model,
         metric=best_metric(work.spec),
         decoding=decoding_of(work.spec.generation),
         batch_size=None,
-        device=work.device,
-        tied=True,
     )
     with model:
         found = evaluator.run(model, work.scored, prompts=without_answers(work.scored), edited=False)

@@ -30,10 +30,11 @@ ROWS = [Example([*range(20, 40), 50 + row, 7], 21, None, "", "", row) for row in
 NONE_IN_COMMON = "rows of a pass have no head of 16 tokens or more in common"
 
 
-def intervened(dropout: float = 0.0, layers: str = "all") -> IntervenedModel:
+def intervened(dropout: float = 0.0, layers: str = "all", positions: str = "f2+l2") -> IntervenedModel:
     return build_intervened(
-        base_of("llama"), method="loreft", layers=layers, component="block_output", positions=Positions.parse("f2+l2"),
-        tied=True, rank=2, init="paper", dropout=dropout, dropout_on="delta", seed=0,
+        base_of("llama"), method="loreft", layers=layers, component="block_output",
+        positions=Positions.parse(positions), tied=True, rank=2, init="paper", dropout=dropout, dropout_on="delta",
+        seed=0,
     )  # fmt: skip
 
 
@@ -52,7 +53,8 @@ def intervened(dropout: float = 0.0, layers: str = "all") -> IntervenedModel:
 def test_heads_are_shared_where_it_is_exact_and_saves_work(
     make_spec: MakeSpec, sets: tuple[str, ...], rows: list[Example], wanted: tuple[bool, str | None]
 ):
-    chosen = choose_execution(intervened(), make_spec(*sets).spec, rows)
+    spec = make_spec(*sets).spec
+    chosen = choose_execution(intervened(positions=spec.intervention.positions), spec, rows)
     assert chosen.shared == Choice(*wanted)
 
 
