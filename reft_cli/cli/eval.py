@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -50,10 +50,7 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="Score the base model only.")] = False,
     loss: Annotated[bool, typer.Option("--loss", help="Read the loss too where answers are generated.")] = False,
     fail_under: options.FailUnder = [],  # noqa: B006  Typer reads the default and never hands it out
-    processes: Annotated[
-        int | None,
-        typer.Option("--processes", help="Share the rows out over N processes; without it, one a GPU.", min=1),
-    ] = None,
+    processes: options.Processes = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
     model: options.BaseModel = None,
@@ -66,23 +63,26 @@ def evaluate(
     """Score a run on a split, or on tasks of lm-evaluation-harness."""
     gates = [_gate(text, of_tasks=tasks is not None) for text in fail_under]
     decoding = _decoding(sets, compile=compile)
-    if tasks is None:
-        _refuse_without_tasks(task_folder=task_folder, few_shot=few_shot, chat=chat)
-        what: dict[str, Any] = {"data": data, "split": split or "test", "loss": loss, "generation": decoding}
-    else:
-        refused = {"--data": data, "--split": split, "--compile": compile, "--set": sets, "--loss": loss}
-        names = _names(tasks, refused)
-        what = {"tasks": names, "folder": task_folder, "few_shot": few_shot, "chat": chat}
+    excluded = {"--data": data, "--split": split, "--compile": compile, "--set": sets, "--loss": loss}
+    needing = {"--task-folder": task_folder, "--few-shot": few_shot, "--chat": chat or None}
+    names = _names(tasks, excluded=excluded, needing=needing)
     which = _which(base=base, compare=compare_base)
-    what |= {"checkpoint": checkpoint, "limit": limit, "batch_size": batch_size, "base": which, "device": device}
-    what |= {"device_map": device_map, "model": model, "trust_remote_code": trust_remote_code}
     _share_out(processes, device=device, device_map=device_map, tasks=tasks)
     with importing():
         from reft_cli import runs
 
-    score: Callable[..., EvalReport] = runs.evaluate if tasks is None else runs.evaluate_tasks
+    score = (
+        partial(runs.evaluate, data=data, split=split or "test", loss=loss, generation=decoding)
+        if names is None
+        else partial(runs.evaluate_tasks, tasks=names, folder=task_folder, few_shot=few_shot, chat=chat)
+    )
+    place = runs.BasePlace(
+        model=model, device=device or "auto", device_map=device_map, trust_remote_code=trust_remote_code
+    )
     with progress() as observer:
-        report = score(run, observer=observer, **what)
+        report = score(
+            run, checkpoint=checkpoint, limit=limit, batch_size=batch_size, base=which, place=place, observer=observer
+        )
     if as_json:
         console.result_json(report.to_dict())
     else:
@@ -115,21 +115,20 @@ def _share_out(processes: int | None, *, device: str | None, device_map: str | N
         raise SystemExit(outcome.code)
 
 
-def _names(tasks: str, flags: Mapping[str, object]) -> list[str]:
-    """The tasks of a list with commas. SpecError: one of the flags that tasks exclude is given."""
-    for flag, given in flags.items():
+def _names(tasks: str | None, *, excluded: Mapping[str, object], needing: Mapping[str, object]) -> list[str] | None:
+    """The tasks of a list with commas. SpecError: a flag is given that tasks exclude, or one that needs them."""
+    if tasks is None:
+        for flag, given in needing.items():
+            if given is not None:
+                raise SpecError(f"{flag} belongs to --tasks; the run's own data are scored as they were trained")
+        return None
+    for flag, given in excluded.items():
         if given:
             raise SpecError(f"{flag} and --tasks: {EXCLUDED[flag]}")
     names = [name.strip() for name in tasks.split(",")]
     if not all(names):
         raise SpecError(f"--tasks {tasks}: write names with commas between them, for example arc_easy,hellaswag")
     return names
-
-
-def _refuse_without_tasks(*, task_folder: Path | None, few_shot: int | None, chat: bool) -> None:
-    for flag, given in (("--task-folder", task_folder), ("--few-shot", few_shot), ("--chat", chat or None)):
-        if given is not None:
-            raise SpecError(f"{flag} belongs to --tasks; the run's own data are scored as they were trained")
 
 
 def _print(report: EvalReport) -> None:

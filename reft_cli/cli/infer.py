@@ -85,11 +85,11 @@ def infer(
     how = How.of(asked, sets, base=base, compare=compare, samples=samples, raw=raw)
     marks = [time.perf_counter()]
     with importing():
-        from reft_cli.runs import open_run
+        from reft_cli.runs import BasePlace, open_run
 
     marks.append(time.perf_counter())
-    place: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "device_map": device_map, "model": model}
-    with open_run(run, trust_remote_code=trust_remote_code, **place) as session:
+    place = BasePlace(model=model, device=device or "auto", device_map=device_map, trust_remote_code=trust_remote_code)
+    with open_run(run, checkpoint=checkpoint, place=place) as session:
         marks.append(time.perf_counter())
         if chat:
             _chat(session, how)

@@ -49,6 +49,9 @@ Checkpoint = Annotated[
     str | None,
     typer.Option("--checkpoint", help="best, last or a step. Without it the best, else the last.", metavar="WHICH"),
 ]
+Processes = Annotated[
+    int | None, typer.Option("--processes", help="Share the rows out over N processes; without it, one a GPU.", min=1)
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, mps, cuda or cuda:N; without it the fastest.", metavar="DEVICE")
 ]

@@ -23,7 +23,7 @@ from reft_cli.parallel.collective import from_first, is_first, joined
 from reft_cli.runs.assemble import evaluator_of, merge_generation
 from reft_cli.runs.results import PASSES, Base, EvalReport, changed_settings, keep, kept_apart, result_name, scored_as
 from reft_cli.runs.resuming import begun_with
-from reft_cli.runs.session import Session, open_run
+from reft_cli.runs.session import OWN_PLACE, BasePlace, Session, open_run
 from reft_cli.runs.sources import names_a_split, rows_of
 from reft_cli.runs.texts import without_answers
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
@@ -40,10 +40,7 @@ def evaluate(
     base: Base = "none",
     loss: bool = False,
     generation: dict[str, Any] | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    model: str | None = None,
-    trust_remote_code: bool = False,
+    place: BasePlace = OWN_PLACE,
     observer: Observer,
 ) -> EvalReport:
     """Score a run on `data` (a file, folder, hub id or bundled name), or on a split of its own spec.
@@ -53,8 +50,7 @@ def evaluate(
     and how else than in the run's spec answers were decoded.
     Each process that a launcher started scores its share; the first one writes and tells the observer.
     """
-    place: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "device_map": device_map, "model": model}
-    with joined(device=device or "auto"), open_run(run, trust_remote_code=trust_remote_code, **place) as session:
+    with joined(device=place.device), open_run(run, checkpoint=checkpoint, place=place) as session:
         observer = observer if is_first() else NullObserver()
         rows = _rows(session, data, split, limit)
         encoded = session.text.encode(rows, tell=partial(observer.on_message, "debug"))

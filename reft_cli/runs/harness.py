@@ -20,7 +20,7 @@ from reft_cli.evaluation.requests import Requests
 from reft_cli.runfolder import RunFolder
 from reft_cli.runs.assemble import merge_generation
 from reft_cli.runs.results import PASSES, Base, EvalReport
-from reft_cli.runs.session import Session, open_run
+from reft_cli.runs.session import OWN_PLACE, BasePlace, Session, open_run
 from reft_cli.spec.quoting import printable
 from reft_cli.training.observer import EvaluationRecord, Observer
 from reft_cli.writing import json_text, write_atomic
@@ -41,10 +41,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     base: Base = "none",
-    device: str | None = None,
-    device_map: str | None = None,
-    model: str | None = None,
-    trust_remote_code: bool = False,
+    place: BasePlace = OWN_PLACE,
     observer: Observer,
 ) -> EvalReport:
     """Score a run on tasks, groups or patterns such as `mmlu_*`; `folder` holds tasks of the user's own (YAML).
@@ -53,14 +50,7 @@ def evaluate_tasks(
     SpecError: lm-eval is missing, or a task is unknown. DataError: its data cannot be had.
     """
     names, manager = _known(tasks, folder)
-    with open_run(
-        run,
-        checkpoint=checkpoint,
-        device=device,
-        device_map=device_map,
-        model=model,
-        trust_remote_code=trust_remote_code,
-    ) as session:
+    with open_run(run, checkpoint=checkpoint, place=place) as session:
         _check_text(session, chat=chat)
         _, size = merge_generation(session.checkpoint.manifest.generation, {"batch_size": batch_size})
         observer.on_start(0, 0, {"verb": "evaluating", "unit": "request"})

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from reft_cli.checkpoint import Checkpoint, read_checkpoint
+from reft_cli.checkpoint import BaseIdentity, Checkpoint, Manifest, read_checkpoint
 from reft_cli.data.batch import build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
@@ -31,6 +31,35 @@ from reft_cli.tasks.objectives import predict
 Fields = Mapping[str, Any]
 Model = Literal["run", "base"]
 MEMBERS: dict[Model, int] = {"base": 0, "run": 1}  # of a session's stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasePlace:
+    """Where the base model of a run lies now, and how it is loaded here; the rest is as its checkpoint has it."""
+
+    model: str | None = None
+    """Its hub id or folder, if it has moved."""
+    device: str = "auto"
+    device_map: str | None = None
+    """As in the spec, as is `max_memory`."""
+    max_memory: Mapping[str, str] | None = None
+    trust_remote_code: bool = False
+
+    def source(self, base: BaseIdentity) -> BaseSource:
+        """Where a checkpoint's base comes from."""
+        return BaseSource(
+            name=self.model or base.name,
+            revision=None if self.model else base.commit,
+            dtype=base.dtype,
+            quantization=base.quantization,
+            device=self.device,
+            device_map=self.device_map,
+            max_memory=self.max_memory,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+OWN_PLACE = BasePlace()  # what the checkpoint calls it, on the fastest device
 
 
 @dataclass(frozen=True)
@@ -156,48 +185,30 @@ class Session:
         return (self.text.labels or ())[max(range(len(values)), key=values.__getitem__)]
 
 
-def open_run(
-    run: Path,
-    *,
-    checkpoint: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    max_memory: Mapping[str, str] | None = None,
-    model: str | None = None,
-    trust_remote_code: bool = False,
-) -> Session:
-    """Load a run or a checkpoint folder with nothing but its path; `model` says where its base lies now.
+def open_run(run: Path, *, checkpoint: str | None = None, place: BasePlace = OWN_PLACE) -> Session:
+    """Load a run or a checkpoint folder with nothing but its path.
 
-    `device_map` and `max_memory` are the spec's. SpecError: a device map that there is not, or beside what excludes it.
-    CheckpointError: there is none, it is damaged, or the base is another one. ModelError: the base cannot be loaded.
+    SpecError: a device map that there is not, or beside what excludes it. CheckpointError: there is none, it is
+    damaged, or the base is another one. ModelError: the base cannot be loaded.
     """
     found = find(run, checkpoint=checkpoint)
     stored = read_checkpoint(found.checkpoint)
-    base = stored.manifest.base
-    if device_map is not None:
-        _check_map(device_map, device=device, quantization=base.quantization, kind=stored.manifest.text.kind)
-    source = BaseSource(
-        name=model or base.name,
-        revision=None if model else base.commit,
-        dtype=base.dtype,
-        quantization=base.quantization,
-        device=device or "auto",
-        device_map=device_map,
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
-    )
-    tokenizer = load_tokenizer(source)
-    text = text_side_of(stored.manifest, tokenizer=tokenizer)
+    _check_map(place, stored.manifest)
+    source = place.source(stored.manifest.base)
+    text = text_side_of(stored.manifest, tokenizer=load_tokenizer(source))
     loaded = load_base(source, text, seed=0)
     return Session(found, stored, build_from_checkpoint(loaded, stored), text)
 
 
-def _check_map(device_map: str, *, device: str | None, quantization: str | None, kind: str) -> None:
+def _check_map(place: BasePlace, manifest: Manifest) -> None:
     """SpecError: no such map, or something that excludes it."""
-    if device_map != "auto":
-        raise SpecError(f"--device-map {printable(device_map)}: the only one is auto")
-    if device not in (None, "auto", "cuda", "cpu"):
-        raise SpecError(f"--device-map auto: --device {printable(device)} is one device; leave out one of them")
+    quantization, kind = manifest.base.quantization, manifest.text.kind
+    if place.device_map is None:
+        return
+    if place.device_map != "auto":
+        raise SpecError(f"--device-map {printable(place.device_map)}: the only one is auto")
+    if place.device not in ("auto", "cuda", "cpu"):
+        raise SpecError(f"--device-map auto: --device {printable(place.device)} is one device; leave out one of them")
     if quantization is not None:
         raise SpecError(f"--device-map auto: a base in {quantization} is not laid out over devices; leave it out")
     if kind not in WRITING:

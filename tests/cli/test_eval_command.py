@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_cli.runs import EvalReport
+from reft_cli.runs import BasePlace, EvalReport
 
 SCORES = {"loss": 0.5, "accuracy": 0.6}
 BASE = {"loss": 7.0, "accuracy": 0.25}
@@ -71,7 +71,8 @@ def test_flags_reach_the_evaluation(reft, calls):
     assert call["run"] == Path("runs/s") and call["base"] == "none" and call["loss"]
     assert call["generation"] == {"beams": 3, "compile": "off"}
     assert (call["data"], call["split"], call["limit"], call["batch_size"]) == ("d.csv", "validation", 5, 2)
-    assert (call["checkpoint"], call["device"], call["model"], call["trust_remote_code"]) == ("40", "cpu", "m", True)
+    assert call["checkpoint"] == "40"
+    assert call["place"] == BasePlace(device="cpu", model="m", trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_tasks_of_the_harness_take_the_place_of_data(reft, calls):
     (call,) = calls
     assert call["tasks"] == ["arc_easy", "hellaswag"] and call["folder"] == Path("mine")
     assert (call["few_shot"], call["chat"], call["limit"], call["batch_size"]) == (5, True, 3, 2)
-    assert call["base"] == "compare" and "data" not in call and "accuracy" in done.out
+    assert call["base"] == "compare" and call["place"] == BasePlace() and "data" not in call and "accuracy" in done.out
 
 
 @pytest.mark.parametrize(

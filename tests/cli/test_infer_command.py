@@ -104,7 +104,7 @@ def test_settings_reach_the_session(reft, session):
         "top_k": 3,
         "seed": 7,
     }
-    assert (session.opened["checkpoint"], session.opened["device"]) == ("40", "cpu")
+    assert (session.opened["checkpoint"], session.opened["place"].device) == ("40", "cpu")
 
 
 def test_columns_of_one_row(reft, session):

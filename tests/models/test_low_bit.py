@@ -80,6 +80,6 @@ def test_it_trains_reloads_and_is_not_another_base(tmp_path: Path, kind: str):
     spec = load_spec(config, overrides=["model.device=cpu", f"model.quantization={kind}"])
     done = runs.train(spec, output=tmp_path / "run", observer=NullObserver())
     assert done.step == 10
-    with runs.open_run(done.run, device="cpu") as session:
+    with runs.open_run(done.run, place=runs.BasePlace(device="cpu")) as session:
         assert session.checkpoint.manifest.base.quantization == kind
         assert session.answer(["Good."], settings={"max_new_tokens": 2})

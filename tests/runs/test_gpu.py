@@ -37,8 +37,8 @@ def test_half_types_learn_and_reload(make_spec: MakeSpec, tmp_path: Path, observ
     sets = ("model.device=cuda", f"model.dtype={dtype}", "train.epochs=6", "train.gradient_checkpointing=true")
     found = losses(make_spec(*sets), tmp_path / "run", observer)
     assert found[-1] < found[0] - 0.1
-    first = runs.evaluate(tmp_path / "run", observer=QUIET, device="cuda")
-    second = runs.evaluate(tmp_path / "run", observer=QUIET, device="cuda")
+    first = runs.evaluate(tmp_path / "run", observer=QUIET, place=runs.BasePlace(device="cuda"))
+    second = runs.evaluate(tmp_path / "run", observer=QUIET, place=runs.BasePlace(device="cuda"))
     assert first.metrics == second.metrics
 
 
@@ -55,7 +55,7 @@ def test_a_gpu_checkpoint_answers_the_same_on_a_cpu(make_spec: MakeSpec, tmp_pat
     runs.train(make_spec("model.device=cuda", "model.dtype=float32"), output=tmp_path / "run", observer=QUIET)
     answers = []
     for device in ("cuda", "cpu"):
-        with runs.open_run(tmp_path / "run", device=device) as session:
+        with runs.open_run(tmp_path / "run", place=runs.BasePlace(device=device)) as session:
             answers.append(session.answer([{"text": "good"}, {"text": "cold bad"}], settings={}))
     assert answers[0] == answers[1]
 

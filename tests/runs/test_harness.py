@@ -14,6 +14,7 @@ from reft_cli.errors import DataError, ReftError, SpecError
 from reft_cli.runs.harness import INSTALL, evaluate_tasks
 from reft_cli.training.observer import NullObserver
 
+CPU = runs.BasePlace(device="cpu")
 REAL = importlib.util.find_spec("lm_eval") is not None
 installed = pytest.mark.skipif(not REAL, reason="lm-eval is not installed")
 # What lm-eval and its libraries warn of is not ours to put right.
@@ -62,7 +63,7 @@ def folder(tmp_path_factory, data_dir) -> Path:
 
 
 def scored(run, tasks, folder, **how):
-    return evaluate_tasks(run, tasks=tasks, folder=folder, device="cpu", observer=NullObserver(), **how)
+    return evaluate_tasks(run, tasks=tasks, folder=folder, place=CPU, observer=NullObserver(), **how)
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", "all"])
@@ -71,7 +72,7 @@ def test_scores_are_our_own_whatever_the_batch_and_the_padding_side(harness, tra
     names = ["local_choice", "local_write"]
     found = {size: scored(run, names, folder, batch_size=size).metrics for size in (1, 4, 16)}
     assert found[1] == found[4] == found[16]
-    own = runs.evaluate(run, observer=NullObserver(), device="cpu")
+    own = runs.evaluate(run, observer=NullObserver(), place=CPU)
     assert found[1]["local_write/exact_match"] == own.metrics["exact_match"]
 
     from transformers import PreTrainedTokenizerFast
@@ -83,7 +84,7 @@ def test_scores_are_our_own_whatever_the_batch_and_the_padding_side(harness, tra
 def test_likelihoods_add_up_to_our_loss(harness, trained, folder):
     run = trained("data.append_eos=false")
     report = scored(run, ["local_choice"], folder)
-    own = runs.evaluate(run, loss=True, observer=NullObserver(), device="cpu")
+    own = runs.evaluate(run, loss=True, observer=NullObserver(), place=CPU)
     samples = _samples(run, "local_choice")
     total = tokens = 0.0
     for sample in samples:
@@ -106,7 +107,7 @@ def test_the_base_scores_as_in_lm_eval_itself(trained, folder):
     run = trained()
     names = ["local_choice", "local_write", "local_rolling"]
     report = scored(run, names, folder, base="only", batch_size=3)
-    with runs.open_run(run, device="cpu") as session:
+    with runs.open_run(run, place=CPU) as session:
         plain = HFLM(pretrained=session.model.base_model, tokenizer=session.text.tokenizer, batch_size=1)
         theirs = simple_evaluate(model=plain, tasks=names, task_manager=TaskManager(include_path=str(folder)))
     for key, value in report.base_metrics.items():

@@ -17,6 +17,7 @@ from reft_cli.tasks.preferences import Preference
 from reft_cli.training.loop import Trainer
 from reft_cli.training.observer import NullObserver
 
+CPU = runs.BasePlace(device="cpu")
 WORDS = ("film", "food", "place", "song", "trip")
 
 
@@ -51,7 +52,7 @@ def sets(pairs, *more):
 
 
 def scores(run, **how):
-    return runs.evaluate(run, observer=NullObserver(), device="cpu", **how)
+    return runs.evaluate(run, observer=NullObserver(), place=CPU, **how)
 
 
 @pytest.mark.parametrize("task", ["{kind: preference, beta: 0.5}", "{kind: reward}"])
@@ -146,7 +147,7 @@ def test_the_reference_of_validation_pairs_is_read_once(make_spec, pairs, tmp_pa
     given = sets(pairs, "task={kind: preference}", "train.epochs=3", "checkpoint.best=loss")
     run = runs.train(make_spec(*given), output=tmp_path / "run", observer=observer).run
     assert len(observer.evaluations) == 3 and len(read) == 3 + 1  # steps of the first epoch, and one validation batch
-    scored = runs.evaluate(run, checkpoint="last", split="validation", observer=NullObserver(), device="cpu")
+    scored = runs.evaluate(run, checkpoint="last", split="validation", observer=NullObserver(), place=CPU)
     assert scored.metrics == pytest.approx(observer.evaluations[-1].metrics, rel=1e-5)
     assert len(read) == 5
 
@@ -170,11 +171,11 @@ def test_frozen_activations_that_are_kept_change_nothing(make_spec, pairs, tmp_p
 
 def test_a_preference_run_writes_and_a_reward_run_rates(trained, pairs):
     with runs.open_run(
-        trained(*sets(pairs, "task={kind: preference, beta: 0.5}", "checkpoint.best=loss")), device="cpu"
+        trained(*sets(pairs, "task={kind: preference, beta: 0.5}", "checkpoint.best=loss")), place=CPU
     ) as session:
         (answer,) = session.answer(["The film:"], settings={"max_new_tokens": 3})
         assert answer.tokens <= 3 and session.checkpoint.manifest.text.beta == 0.5
-    with runs.open_run(trained(*sets(pairs, "task={kind: reward}", "checkpoint.best=loss")), device="cpu") as session:
+    with runs.open_run(trained(*sets(pairs, "task={kind: reward}", "checkpoint.best=loss")), place=CPU) as session:
         asked = [{"prompt": "The film:", "chosen": f" film {word}"} for word in ("good", "bad")]
         good, bad = (float(answer.text) for answer in session.answer(asked, settings={}))
         assert good > bad

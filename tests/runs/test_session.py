@@ -60,7 +60,7 @@ def test_every_path_of_a_run_opens_it(run: Path, tmp_path: Path):
 def test_another_base_is_refused_by_both_names_layers_and_widths(run: Path, tiny_llama: Path, tmp_path: Path):
     other = save_llama(tmp_path / "other", num_hidden_layers=2, hidden_size=16)
     with pytest.raises(CheckpointError) as caught:
-        runs.open_run(run, model=str(other))
+        runs.open_run(run, place=runs.BasePlace(model=str(other)))
     checkpoint = (run / "best").resolve()
     assert str(caught.value) == (
         f"{checkpoint} was trained on {tiny_llama} (3 layers, width 32); --model gave {other} (2 layers, width 16)"
@@ -71,7 +71,7 @@ def test_another_family_of_the_same_size_is_refused(run: Path, tiny_llama: Path,
     decoder("gpt2").save_pretrained(tmp_path / "gpt2")
     byte_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(CheckpointError, match=r"\(3 layers, width 32\), whose parameters have other names or shapes$"):
-        runs.open_run(run, model=str(tmp_path / "gpt2"))
+        runs.open_run(run, place=runs.BasePlace(model=str(tmp_path / "gpt2")))
 
 
 def test_a_base_that_was_replaced_is_refused(make_spec: MakeSpec, tmp_path: Path):
@@ -95,7 +95,7 @@ def test_a_base_that_has_moved_is_found_by_its_new_place(make_spec: MakeSpec, tm
     base.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=r"base: no such folder"):
         runs.open_run(run)
-    with runs.open_run(run, model=str(tmp_path / "moved")) as session:
+    with runs.open_run(run, place=runs.BasePlace(model=str(tmp_path / "moved"))) as session:
         assert texts(session, PROMPTS) == before
 
 
@@ -109,7 +109,7 @@ def test_a_base_that_has_moved_is_found_by_its_new_place(make_spec: MakeSpec, tm
 )
 def test_flags_that_name_nothing(run: Path, flags: dict[str, str], said: str):
     with pytest.raises(ModelError, match=said):
-        runs.open_run(run, **flags)
+        runs.open_run(run, place=runs.BasePlace(**flags))
 
 
 def changed(checkpoint: Checkpoint, **tensors: torch.Tensor | None) -> Checkpoint:

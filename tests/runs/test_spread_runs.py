@@ -63,7 +63,7 @@ def test_what_is_tried_of_it_keeps_no_fetched_weights(tmp_path: Path, monkeypatc
 def test_it_answers_and_scores_through_generate(spread: Path, prompt: str):
     found = []
     for given in ({}, {"device_map": "auto", "max_memory": HALF}):
-        with runs.open_run(spread, device="cpu", **given) as session:
+        with runs.open_run(spread, place=runs.BasePlace(device="cpu", **given)) as session:
             found.append(session.answer([prompt], settings={"max_new_tokens": 3}))
             slow = session.why_slow({})
     assert found[0][0].text == found[1][0].text and slow == "its blocks lie on several devices"
@@ -72,7 +72,9 @@ def test_it_answers_and_scores_through_generate(spread: Path, prompt: str):
 def test_an_evaluation_gives_the_scores_of_a_whole_base(spread: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(placement, "SHARE", 16e6 / psutil.virtual_memory().available)
     scores = [
-        runs.evaluate(spread, limit=4, loss=True, device="cpu", observer=QUIET, device_map=given).metrics
+        runs.evaluate(
+            spread, limit=4, loss=True, place=runs.BasePlace(device="cpu", device_map=given), observer=QUIET
+        ).metrics
         for given in (None, "auto")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
@@ -138,5 +140,5 @@ def test_what_excludes_a_device_map(sets: tuple[str, ...], said: str):
 )
 def test_what_excludes_the_flag(spread: Path, given: dict[str, str], said: str):
     with pytest.raises(ReftError) as caught:
-        runs.open_run(spread, **given)
+        runs.open_run(spread, place=runs.BasePlace(**given))
     assert said in str(caught.value)

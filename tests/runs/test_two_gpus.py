@@ -52,7 +52,7 @@ def test_a_base_sharded_over_two_gpus_trains_like_a_whole_one(spec_file: Path, t
     assert second["gradients"] == first["gradients"]
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-4)
     report = runs.evaluate(
-        tmp_path / "two", device="cuda", observer=NullObserver()
+        tmp_path / "two", place=runs.BasePlace(device="cuda"), observer=NullObserver()
     )  # by one process, with a whole base
     assert report.rows == 7
 
@@ -75,9 +75,9 @@ def test_a_base_laid_out_over_devices_trains_like_one_on_one(tmp_path: Path, lay
     places = RunFolder(tmp_path / "spread").read()["places"]
     assert set(places) == {"cuda:0", "cuda:1" if "1" in memory else "cpu"}
     torch.testing.assert_close(weights(tmp_path / "spread"), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
-    with runs.open_run(tmp_path / "spread", device_map="auto", max_memory=memory) as session:
+    with runs.open_run(tmp_path / "spread", place=runs.BasePlace(device_map="auto", max_memory=memory)) as session:
         answers = session.answer(["The film was bad.", "I loved it."], settings={"max_new_tokens": 3})
-    with runs.open_run(tmp_path / "spread", device="cuda") as session:
+    with runs.open_run(tmp_path / "spread", place=runs.BasePlace(device="cuda")) as session:
         assert [each.text for each in answers] == [
             each.text for each in session.answer(["The film was bad.", "I loved it."], settings={"max_new_tokens": 3})
         ]
