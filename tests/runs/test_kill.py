@@ -63,18 +63,20 @@ class Fault:
 def child(spec: Path, run: Path, *, resume: str | None, fault: Fault, slow: float, events: object = None) -> None:
     """Train in a process of its own, to which something happens in the run's folder."""
     torch.set_num_threads(1)
-    count = 0
+    count = grown = 0
 
     def on_event(name: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
+        nonlocal count, grown
         path = str(arguments[1 if name == "os.symlink" else 0]) if name in ON_DISK else ""
         if path.startswith(str(run)):
             count += 1
             if fault.kind == "kill" and count == fault.when:
                 os.kill(os.getpid(), signal.SIGKILL)
             writes = name != "open" or bool(int(arguments[2]) & (os.O_WRONLY | os.O_RDWR))
-            if fault.kind == "full" and count >= fault.when and name in GROWING and writes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            if name in GROWING and writes:
+                grown = count
+                if fault.kind == "full" and count >= fault.when:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     class Slow(NullObserver):
         def on_step(self, record: StepRecord) -> None:
@@ -94,7 +96,7 @@ def child(spec: Path, run: Path, *, resume: str | None, fault: Fault, slow: floa
     except OSError as error:
         os._exit(1 if error.errno in MACHINE_FAULTS else 99)
     if events is not None:
-        events.send(count)
+        events.send((count, grown))
 
 
 def halved(call: int) -> Callable[[Path, bytes], None]:
@@ -168,15 +170,23 @@ def trial(spec_file: Path, tmp_path: Path) -> Callable[[str], Trial]:
     return lambda name: Trial(spec_file, tmp_path / name)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The end of the uninterrupted run, how often it touched the disk, and the last time that took room there."""
+
+    end: dict[str, object]
+    events: int
+    growing: int
+
+
 @pytest.fixture(scope="module")
-def whole(spec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], int]:
-    """The end of the uninterrupted run, and how often it touched the disk."""
+def whole(spec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     receiving, sending = PROCESSES.Pipe(duplex=False)
     made = Trial(spec_file, tmp_path_factory.mktemp("whole") / "run")
     made.finish(events=sending)
     end = made.end()
     assert end["record"]["step"] == STEPS and end["last"] == f"checkpoints/step_{STEPS:06d}"
-    return end, receiving.recv()
+    return Whole(end, *receiving.recv())
 
 
 def drawn(kind: str, draw: random.Random, events: int) -> Fault:
@@ -192,16 +202,16 @@ def drawn(kind: str, draw: random.Random, events: int) -> Fault:
     return Fault(kind, when[kind]())
 
 
-def endure(make: Callable[[str], Trial], whole: tuple[dict[str, object], int], *, faults: int, seed: int) -> None:
+def endure(make: Callable[[str], Trial], whole: Whole, *, faults: int, seed: int) -> None:
     """Runs that suffer some faults each, until there were so many; all end alike."""
-    (end, events), draw = whole, random.Random(seed)
+    end, draw = whole.end, random.Random(seed)
     kinds, suffered, done = [], 0, 0
     while suffered < faults:
         current, seen = make(str(done)), set()
         for _ in range(draw.randint(1, 6)):
             kinds = kinds or draw.sample(KINDS, len(KINDS))
             seen.add(kinds[-1])
-            suffered += current.suffer(drawn(kinds.pop(), draw, events))
+            suffered += current.suffer(drawn(kinds.pop(), draw, whole.events))
         current.finish()
         apart = {"checkpoints"} if "term" in seen else set()  # a signal saves at a step that is no even one, say
         assert {key: value for key, value in current.end().items() if key not in apart} == {
@@ -210,20 +220,18 @@ def endure(make: Callable[[str], Trial], whole: tuple[dict[str, object], int], *
         done += 1
 
 
-def test_twelve_faults_change_nothing(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int]):
-    assert whole[1] > 150
+def test_twelve_faults_change_nothing(trial: Callable[[str], Trial], whole: Whole):
+    assert whole.events > 150
     endure(trial, whole, faults=12, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_fifty_faults_change_nothing(trial: Callable[[str], Trial], whole: tuple[dict[str, object], int], seed: int):
+def test_fifty_faults_change_nothing(trial: Callable[[str], Trial], whole: Whole, seed: int):
     endure(trial, whole, faults=50, seed=seed)
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(
-    trial: Callable[[str], Trial], whole: tuple[dict[str, object], int]
-):
+def test_a_second_process_is_refused_until_the_first_is_gone(trial: Callable[[str], Trial], whole: Whole):
     current = trial("0")
     process = current.start(slow=0.5)
     deadline = time.monotonic() + 60
@@ -239,17 +247,14 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
     process.kill()
     process.join(60)
     current.finish()
-    assert current.end() == whole[0]
+    assert current.end() == whole.end
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "full"])
-def test_a_fault_at_every_touch_of_the_disk(
-    trial: Callable[[str], Trial], whole: tuple[dict[str, object], int], kind: str
-):
-    end, events = whole
-    for fatal in range(1, events + 1):
+def test_a_fault_at_every_touch_of_the_disk(trial: Callable[[str], Trial], whole: Whole, kind: str):
+    for fatal in range(1, (whole.events if kind == "kill" else whole.growing) + 1):
         current = trial(str(fatal))
         assert current.suffer(Fault(kind, fatal))
         current.finish()
-        assert current.end() == end
+        assert current.end() == whole.end
