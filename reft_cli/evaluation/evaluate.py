@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reft_cli.data.batch import Batch, build_batch, micro_batches
+from reft_cli.data.batch import Batch, Layout, build_batch, micro_batches
 from reft_cli.data.encode import Example
 from reft_cli.data.fitting import check_fits
 from reft_cli.evaluation.answers import answer_all
@@ -61,6 +62,10 @@ class Evaluator:
     decoding: Decoding
     batch_size: int | None
     token_budget: int
+    layout: Layout = "padded"
+    """Of the rows that are read. What a head judges stands in rows of its own: padded."""
+    shared: bool = False
+    """Whether a head that rows of a pass begin with alike is read once; packed only."""
     beta: float | None = None
     """Of a preference task."""
     references: References | None = None
@@ -170,7 +175,8 @@ class Evaluator:
                 tell(min(len(rewards) * size(), len(examples)), len(examples))
             return [rewards[id(example)] for example in mine]
 
-        pairs = spread(examples, rewards_of, cost=cost_of)
+        with self._packing(model):
+            pairs = spread(examples, rewards_of, cost=cost_of)
         loss = total(sum(losses))
         return Evaluation(
             {"loss": loss / task.units(examples)} | score_pairs(examples, pairs), pair_samples(examples, pairs)
@@ -234,7 +240,7 @@ class Evaluator:
     def _mean_loss(self, model: IntervenedModel, examples: Sequence[Example], edited: bool, tell: Progress) -> float:
         """The objective's mean over all units of these rows; rows that are answered next count as none done."""
         task, loss, read = task_of(self.kind, beta=self.beta), 0.0, 0
-        with together():
+        with self._packing(model), together():
             for chosen, batch in self._batches(model, share(examples, cost=cost_of)):
                 with model.editing(batch.rows if edited else None):
                     loss += float(task.loss(model, batch))
@@ -242,10 +248,18 @@ class Evaluator:
                 tell(min(read * size(), len(examples)), len(examples))
         return total(loss) / task.units(examples)
 
+    def _packing(self, model: IntervenedModel) -> AbstractContextManager[None]:
+        return model.packing(self.layout == "packed")
+
     def _batches(self, model: IntervenedModel, examples: Sequence[Example]) -> Iterator[tuple[list[Example], Batch]]:
-        for chosen in micro_batches(examples, token_budget=self.token_budget, rows=None, padded=True):
+        padded = self.layout == "padded"
+        for chosen in micro_batches(examples, token_budget=self.token_budget, rows=None, padded=padded):
             batch = build_batch(
-                chosen, groups=self.groups, layout="padded", pad_token_id=self.tokenizer.pad_token_id or 0
+                chosen,
+                groups=self.groups,
+                layout=self.layout,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+                share_head=self.shared,
             )
             yield chosen, batch.to(model.device)
 

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from reft_cli import __version__
 from reft_cli.checkpoint import BaseIdentity, Checkpoint, InterventionIdentity
+from reft_cli.data.batch import Layout
 from reft_cli.data.fitting import check_fits
 from reft_cli.errors import CheckpointError, Problem, SpecError
 from reft_cli.evaluation.evaluate import Evaluator, References
@@ -233,9 +234,14 @@ def evaluator_of(
     metric: str,
     decoding: Decoding,
     batch_size: int | None,
+    tokens: int | None = None,
+    layout: Layout = "padded",
+    shared: bool = False,
     references: References | None = None,
 ) -> Evaluator:
-    """How a split is scored; `references` are kept from one time to the next."""
+    """How a split is scored: `tokens` of a pass, None: those of training on such a device, in a `layout`, with heads
+    `shared` or not. `references` are kept from one time to the next.
+    """
     return Evaluator(
         kind=text.kind,
         beta=text.beta,
@@ -246,7 +252,9 @@ def evaluator_of(
         tokenizer=text.tokenizer,
         decoding=decoding,
         batch_size=batch_size,
-        token_budget=2 * token_budget(model.device),
+        token_budget=tokens or token_budget(model.device),
+        layout=layout,
+        shared=shared,
         rule=_rule_of(text),
     )
 

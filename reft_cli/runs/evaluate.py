@@ -21,11 +21,13 @@ from reft_cli.generation.decode import requests_of
 from reft_cli.generation.settings import Decoding
 from reft_cli.parallel.collective import from_first, is_first, joined
 from reft_cli.runs.assemble import evaluator_of, merge_generation
+from reft_cli.runs.execution import choose_reading
 from reft_cli.runs.results import PASSES, Base, EvalReport, changed_settings, keep, kept_apart, result_name, scored_as
 from reft_cli.runs.resuming import begun_with
 from reft_cli.runs.session import OWN_PLACE, BasePlace, Session, open_run
 from reft_cli.runs.sources import names_a_split, rows_of
 from reft_cli.runs.texts import without_answers
+from reft_cli.tasks.preferences import task_of
 from reft_cli.training.observer import EvaluationRecord, NullObserver, Observer
 
 
@@ -94,7 +96,12 @@ def _evaluator(session: Session, decoding: Decoding, *, batch_size: int | None, 
         decoding=decoding,
         batch_size=batch_size,
     )
-    return replace(evaluator, reads_loss=loss)
+    if evaluator.generates and not loss:
+        return replace(evaluator, reads_loss=False)
+    run, text = session.found.run, session.text
+    task = task_of(text.kind, beta=text.beta)
+    layout, shared = choose_reading(session.model, task, {} if run is None else run.read())
+    return replace(evaluator, layout=layout, shared=shared)
 
 
 def _facts(session: Session, evaluator: Evaluator) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from reft_cli.data.batch import Layout
 from reft_cli.data.examples import Example, Examples
@@ -19,6 +20,7 @@ from reft_cli.models.placement import is_offloaded
 from reft_cli.parallel.collective import size
 from reft_cli.runs.estimate import tokens_of
 from reft_cli.spec.schema import Spec
+from reft_cli.tasks.objectives import Task
 from reft_cli.tasks.preferences import task_of
 from reft_cli.training.frozen_cache import why_not_cached
 from reft_cli.training.passes import why_not_recorded
@@ -88,6 +90,18 @@ def choose_execution(model: IntervenedModel, spec: Spec, examples: Sequence[Exam
     cached = _choose_caching(model, spec, examples, packed=packed.taken, repeated=steps * batch > len(examples))
     shared = _choose_sharing(model, spec, examples, packed=packed.taken, cached=cached.taken)
     return Execution(packed=packed, compiled=compiled, recorded=recorded, cached=cached, shared=shared)
+
+
+def choose_reading(model: IntervenedModel, task: Task, record: Mapping[str, Any]) -> tuple[Layout, bool]:
+    """(layout, whether heads are shared) of reading rows once more: as in the run of this run.json, if that is exact.
+
+    What a record does not say, as that of a checkpoint without a run, is done where it is exact.
+    """
+    base = model.base_model
+    packed = task.can_pack and record.get("layout", "packed") == "packed" and not is_offloaded(base)
+    if not packed or why_not_packed(base) is not None:
+        return "padded", False
+    return "packed", bool(record.get("shared", True)) and why_not_shared(base) is None
 
 
 @contextmanager

@@ -269,7 +269,7 @@ class _Work:
     def _fit(self, trainer: Trainer) -> None:
         """Settle how many tokens a pass may have, and write it down for a resumed run."""
         before = trainer.settings.token_budget
-        found = trainer.fit()
+        self.token_budget = found = trainer.fit()
         if found <= before // 2:
             self.observer.on_message("info", f"{found:,} tokens a pass; {before:,} are too many for this device")
         by_first(lambda: self.run.note({"token_budget": found}))
@@ -316,6 +316,9 @@ class _Work:
             metric=best_metric(self.spec),
             decoding=decoding_of(generation),
             batch_size=slots_of(generation),
+            tokens=self.token_budget,
+            layout=self.execution.layout,
+            shared=self.execution.shared.taken,
             references=self.references,
         )
         prompts = without_answers(examples)

@@ -22,6 +22,8 @@ from tiny_models import base_of, byte_tokenizer
 POSITIONS = Positions.parse("f2+l1")
 GROUPS = POSITIONS.groups(tied=True)
 BOTH = pytest.mark.parametrize("edited", [True, False])
+WAYS = pytest.mark.parametrize("way", [{}, {"layout": "packed"}, {"layout": "packed", "shared": True}], ids=repr)
+HEAD = [(7 * token) % 90 + 100 for token in range(19)]
 
 
 def intervened(family: str) -> IntervenedModel:
@@ -61,17 +63,23 @@ def evaluated(
     """In passes of two or three rows; and what was told of the progress."""
     told: list[tuple[int, int]] = []
     evaluator = Evaluator(
-        kind, metric, labels, GROUPS, byte_tokenizer(), Decoding(max_new_tokens=4), None, token_budget=30, **given
+        kind, metric, labels, GROUPS, byte_tokenizer(), Decoding(max_new_tokens=4), None, **{"token_budget": 30} | given
     )  # type: ignore[arg-type]
     tell: Callable[[int, int], None] = lambda done, total: told.append((done, total))  # noqa: E731
     return evaluator.run(model, rows, prompts=[], edited=edited, on_progress=tell), told
 
 
 @BOTH
-def test_the_loss_of_texts_is_the_mean_over_all_answer_tokens(edited: bool):
-    rows = [Example(ids(4 + row, row), 2 + row // 2, None, "", "", row, source="ab"[row % 2]) for row in range(7)]
+@WAYS
+@pytest.mark.parametrize("head", [[], HEAD], ids=["", "one head"])
+def test_the_loss_of_texts_is_the_mean_over_all_answer_tokens(edited: bool, way: dict, head: list[int]):
+    rows = [
+        Example(head + ids(4 + row, row), len(head) + 2 + row // 2, None, "", "", row, source="ab"[row % 2])
+        for row in range(7)
+    ]
+    way = way | {"token_budget": 30 + 3 * len(head)}
     with intervened("llama") as model:
-        found, told = evaluated(model, "causal_lm", "perplexity", rows, edited=edited)
+        found, told = evaluated(model, "causal_lm", "perplexity", rows, edited=edited, **way)
         wanted = -sum(answer_log_probability(model, each, edited) for each in rows)
     wanted /= sum(len(each.input_ids) - each.prompt_length for each in rows)
     assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5)
@@ -98,7 +106,8 @@ def test_classes_are_those_of_the_largest_logit(edited: bool):
 
 
 @BOTH
-def test_the_loss_of_pairs_is_that_of_their_rewards(edited: bool):
+@WAYS
+def test_the_loss_of_pairs_is_that_of_their_rewards(edited: bool, way: dict):
     rows = []
     for row in range(5):
         start = ids(3 + row, row)
@@ -106,9 +115,9 @@ def test_the_loss_of_pairs_is_that_of_their_rewards(edited: bool):
         rows.append(Example(start + ids(2 + row % 2, 90), len(start), None, "", "", row, rejected=other))
     kept: dict = {}
     with intervened("llama") as model:
-        evaluated(model, "preference", "accuracy", rows[1:2], edited=edited, beta=0.5, references=kept)
-        found, told = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
-        again, _ = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept)
+        evaluated(model, "preference", "accuracy", rows[1:2], edited=edited, beta=0.5, references=kept, **way)
+        found, told = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept, **way)
+        again, _ = evaluated(model, "preference", "accuracy", rows, edited=edited, beta=0.5, references=kept, **way)
         rewards = [
             [0.5 * (answer_log_probability(model, one, edited) - answer_log_probability(model, one, False))
              for one in (each, each.rejected)]
