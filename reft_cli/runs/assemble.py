@@ -200,10 +200,9 @@ def merge_generation(stored: Mapping[str, Any], overrides: Mapping[str, Any]) ->
     except ValidationError as error:
         found = {each["loc"][:1]: each for each in error.errors()}  # a key that may be a word or a number has two
         raise SpecError(*(_wrong_flag(each, given) for each in found.values())) from error
-    for key, nothing in (("top_p", 1.0), ("top_k", 0)):
-        if given.get(key, nothing) != nothing and generation.temperature == 0:
-            message = "nothing is sampled at temperature 0; give --temperature too"
-            raise SpecError(Problem(message, key=_flag(key)))
+    for key in generation.idle:
+        if key in given:
+            raise SpecError(Problem("nothing is sampled at temperature 0; give --temperature too", key=_flag(key)))
     return decoding_of(generation, seed=seed), slots_of(generation)
 
 

@@ -17,15 +17,16 @@ SECTION = "generation"
 def generation_keys(flags: Sequence[str]) -> dict[str, Any]:
     """The keys of `generation` that these flags give, with their values. SpecError: all that is wrong with them."""
     problems: list[Problem] = []
-    for flag in flags:
-        section, _, key = flag.partition("=")[0].strip().partition(".")
+    given = [flag.partition("=")[0].strip().partition(".") for flag in flags]
+    for flag, (section, _, key) in zip(flags, given, strict=True):
         if section != SECTION or not key:
             hint = f"write --set {SECTION}.{flag}" if section in GenerationSpec.model_fields else None
             message = f"a trained run takes keys of {SECTION} only, such as {SECTION}.beams=4"
             problems.append(Origin(flag=flag_name(flag)).problem(message, hint=hint))
     nowhere = Origin()
-    base = Node({"model": Node("any", nowhere, nowhere, text="any")}, nowhere, nowhere)
+    warm = Node({"temperature": Node(1.0, nowhere, nowhere, text="1.0")}, nowhere, nowhere)  # the run's is not known
+    base = Node({"model": Node("any", nowhere, nowhere, text="any"), SECTION: warm}, nowhere, nowhere)
     spec = None if problems else validate(override(base, flags, problems=problems), problems=problems)
     if spec is None:
         raise SpecError(*problems)
-    return {key: getattr(spec.generation, key) for key in spec.generation.model_fields_set}
+    return {key: getattr(spec.generation, key) for _, _, key in given}

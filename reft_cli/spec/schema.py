@@ -280,6 +280,13 @@ class GenerationSpec(Section):
             )
         return self
 
+    @property
+    def idle(self) -> list[str]:
+        """Keys that narrow down what is sampled from, given though nothing is sampled."""
+        if self.temperature:
+            return []
+        return [key for key in ("top_p", "top_k") if getattr(self, key) != type(self).model_fields[key].default]
+
 
 class CheckpointSpec(Section):
     """What is kept of a run."""
@@ -389,6 +396,12 @@ class Spec(Section):
                 "task.extraction: number",
                 "task.extraction",
                 "data.template",
+            )
+        for key in self.generation.idle:
+            raise Conflict(
+                "nothing is sampled at temperature 0; write a generation.temperature above 0, or remove it",
+                f"generation.{key}",
+                "generation.temperature",
             )
         for key in self._of_answers():
             raise Conflict(f"has no meaning with task.kind {self.task.kind}; remove it", key, "task.kind")

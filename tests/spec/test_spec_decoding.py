@@ -14,6 +14,10 @@ def test_the_keys_that_are_given_and_no_others():
     assert generation_keys([]) == {}
 
 
+def test_what_is_sampled_from_is_judged_beside_the_temperature_of_the_run():
+    assert generation_keys(["generation.top_k=4"]) == {"top_k": 4}
+
+
 def test_the_last_one_wins():
     assert generation_keys(["generation.beams=4", "generation.beams=2"]) == {"beams": 2}
 

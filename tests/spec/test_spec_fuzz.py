@@ -33,7 +33,7 @@ train:
   micro_batch_size: auto
   seed: ${env:REFT_TEST_NOPE:-42}
 checkpoint: {best: f1, patience: 3}
-generation: {stop: ["\\n"], top_p: 0.9}
+generation: {stop: ["\\n"], temperature: 0.7, top_p: 0.9}
 log: [tensorboard]
 output: runs/{name}
 """
