@@ -42,6 +42,7 @@ FREE = (
     "train.diverge_factor",
     "train.gradient_checkpointing",
 )
+SHOWN = 200  # characters of a value in a message
 
 
 def check_same_run(run: RunFolder, spec: Spec, fingerprints: Mapping[str, str], observer: Observer) -> None:
@@ -144,10 +145,11 @@ def _is_free(key: str) -> bool:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """(key, "key: old -> new") of every value that differs."""
-    for key in before.keys() | after.keys():
+    """(key, "key: old -> new") of every value that differs; long ones are cut off."""
+    for key in dict.fromkeys((*before, *after)):
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from differences(old, new, f"{where}.")
         elif old != new:
-            yield where, f"{where}: {old} -> {new}"
+            key_text, before_text, after_text = (printable(str(each), limit=SHOWN) for each in (where, old, new))
+            yield where, f"{key_text}: {before_text} -> {after_text}"

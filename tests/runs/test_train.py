@@ -201,6 +201,10 @@ def test_resume_refuses_what_would_change_the_result(make_spec: MakeSpec, tmp_pa
         train(limited, tmp_path / "run", resume="last")
     with pytest.raises(SpecError, match=r"was begun with other settings.*train\.learning_rate: 0\.01 -> 0\.02"):
         train(make_spec("train.learning_rate=0.02"), tmp_path / "run", resume="last")
+    with pytest.raises(SpecError) as caught:
+        train(make_spec('data.template.prompt="{text}\\n->' + "x" * 300 + '"'), tmp_path / "run", resume="last")
+    line = str(caught.value)
+    assert r"data.template.prompt: {text} -> -> {text}\n->xxx" in line and line.isprintable() and "…. Put them" in line
     train(make_spec("checkpoint.keep=3"), tmp_path / "run", resume="last", observer=observer)
     assert "changed since the run was begun: checkpoint.keep: 2 -> 3" in observer.messages
 
