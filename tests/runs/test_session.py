@@ -383,6 +383,11 @@ def test_settings_that_cannot_be(given: dict[str, Any], messages: list[str]):
     assert [str(problem) for problem in caught.value.problems] == messages
 
 
+def test_sampling_is_turned_off_whatever_a_run_samples_from():
+    decoding, _ = merge_generation({"temperature": 0.7, "top_p": 0.9, "top_k": 40}, {"temperature": 0})
+    assert (decoding.temperature, decoding.top_p, decoding.top_k) == (0, 0.9, 40)
+
+
 def test_an_unknown_setting_lists_the_known():
     with pytest.raises(
         SpecError, match=r"^generation.tempreature: no such setting; there are max_new_tokens, .*, seed$"
