@@ -71,11 +71,16 @@ def check_same_run(run: RunFolder, spec: Spec, fingerprints: Mapping[str, str], 
             )
 
 
+# Older versions took other values beside temperature 0, where they do nothing.
+WITHOUT_SAMPLING = ("generation.top_p=1.0", "generation.top_k=0")
+
+
 def begun_with(run: RunFolder) -> Spec:
     """The spec that a run was begun with. CheckpointError: its file is damaged."""
-    run.read_spec()  # refuses what is no plain file of ours
+    generation = run.read_spec().get("generation")  # refuses what is no plain file of ours
+    sampled = not isinstance(generation, dict) or generation.get("temperature") != 0
     try:
-        return load_spec(run.resolved).spec
+        return load_spec(run.resolved, overrides=() if sampled else WITHOUT_SAMPLING).spec
     except SpecError as error:
         raise CheckpointError(f"{run.resolved}: damaged: {error.problems[0].message}") from error
 
