@@ -70,7 +70,10 @@ class Progressed:
 
 
 class SlotDecoder:
-    """Decodes requests with the settings it was made for; its cache and captured steps serve many calls."""
+    """Decodes requests with the settings it was made for; its cache and captured steps serve many calls.
+
+    `keeps` says whether what prompts begin with may be read once, where that saves so many tokens.
+    """
 
     def __init__(
         self,
@@ -81,8 +84,8 @@ class SlotDecoder:
         endings: Endings,
         slots: int,
         room: int,
-        compiles: bool = False,
-        keeps: Callable[[int], bool] = lambda _: False,
+        compiles: bool,
+        keeps: Callable[[int], bool],
     ) -> None:
         self.model, self.stack, self.decoding, self.endings = model, stack, decoding, endings
         kind = model.device.type

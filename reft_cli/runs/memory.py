@@ -8,9 +8,8 @@ and an MLP of m, a token keeps b = 8 d bytes (two norms in float32) and s (2 H +
 no scores is linear in the tokens. The last block's backward pass begins with everything still kept, and holds five
 float32 copies of the hidden states in a norm, and their gradient. Under checkpointing a block is computed again, b, and
 the gradients of its MLP are held beside it, 3 m s. Operations written in Python may hold on to tensors without telling
-autograd, as those of 8-bit linear layers hold on to their inputs: checkpointing does not free those, and a block that
-has them is compiled around them, which saves nothing. What compiling saves otherwise, and what recording costs, was
-measured on one H200 (scripts/bench/memory.py).
+autograd: neither compiling nor checkpointing frees those. What compiling saves, and what recording costs, was measured
+on one H200 (scripts/bench/memory.py).
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def memory_parts(
     """Counts a pass over a small batch, with the hooks off and the base where it is; no weight is changed."""
     tokens, width = _tokens(batch), hidden_size(model.base_model)
     saved, hidden = _kept(model, task, batch, packed=packed, checkpointing=False)
-    kept = (COMPILED * saved if compiled and not hidden else saved + hidden) / tokens
+    kept = ((COMPILED if compiled else 1) * saved + hidden) / tokens
     blocks = model.block_count - len(model.frozen.modules)  # those that have a backward pass
     block = kept / max(blocks - MLP, 1 - MLP)  # the last one keeps nothing of its MLP
     held = sum(_kept(model, task, batch, packed=packed, checkpointing=True)) / tokens if checkpointing else kept
